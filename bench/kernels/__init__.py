@@ -1,0 +1,1 @@
+"""One benchmark per kernel, by the kernel's basename; run one with `pytest bench/kernels/bench_<name>.py`."""

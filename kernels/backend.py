@@ -1,0 +1,75 @@
+"""What every kernel file shares: Triton where it is installed, launch options, cases of offline compilation."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton is published for Linux only: the CPU operators work without it
+    triton = None
+    tl = None
+
+__all__ = ["INTERPRETED", "OPTIONS", "CompileCase", "cpu_kernel", "device_of", "jit", "tl", "triton"]
+
+# Triton reads the variable when a kernel is decorated, so it cannot change later
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+# options of every launch; fused multiply-add is named because Triton's default for it changes between releases
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One set of real shapes that a kernel must compile for without a GPU.
+
+    Attributes:
+        label: What the shapes belong to.
+        kernel: Function decorated with `jit`.
+        signature: Triton type of every argument that is not a constexpr, in order.
+        constexprs: Value of every constexpr.
+        num_warps: Warps of a program.
+        num_stages: Stages of its software pipelines.
+    """
+
+    label: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def jit(**options: Any) -> Callable[[Callable[..., None]], Any]:
+    """Decorate a Triton kernel; without Triton, leave in its place something that says so when it is launched."""
+    if triton is not None:
+        decorate: Callable[[Callable[..., None]], Any] = triton.jit(**options)
+        return decorate
+    return _Missing
+
+
+def cpu_kernel(reference: Callable[..., Any], interpreted: Callable[..., Any]) -> Callable[..., Any]:
+    """Choose an operator's CPU kernel: its reference, or its Triton host function under TRITON_INTERPRET=1."""
+    return interpreted if INTERPRETED else reference
+
+
+def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make a tensor's GPU current while a kernel is launched: Triton launches on the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+class _Missing:
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.name = getattr(function, "__name__", "kernel")
+
+    def __getitem__(self, grid: object) -> Any:
+        raise RuntimeError(
+            f"{self.name}: Triton must be installed to run on a GPU, got none. Run `pip install triton`."
+        )
