@@ -1,0 +1,30 @@
+"""Data: packed data sets, views, the loader, protocols and synthetic motion."""
+
+from fastskel.data.batch import Batch, DrawAddress, View
+from fastskel.data.loader import Loader
+from fastskel.data.pack import pack_arrays
+from fastskel.data.packed import PackedDataset, open_dataset
+from fastskel.data.synthetic import make_synthetic
+from fastskel.data.transforms import JointCorruption, OneOf, Shear, SpatialTransform
+from fastskel.data.views import CenterCrop, RandomCrop, ViewSpec, eval_view, make_view, usdrl_views
+
+__all__ = [
+    "Batch",
+    "CenterCrop",
+    "DrawAddress",
+    "JointCorruption",
+    "Loader",
+    "OneOf",
+    "PackedDataset",
+    "RandomCrop",
+    "Shear",
+    "SpatialTransform",
+    "View",
+    "ViewSpec",
+    "eval_view",
+    "make_synthetic",
+    "make_view",
+    "open_dataset",
+    "pack_arrays",
+    "usdrl_views",
+]

@@ -1,0 +1,98 @@
+"""UTD-MHAD: MATLAB files `a<class>_s<subject>_t<repetition>_skeleton.mat`, one person, Kinect v1, metres."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from fastskel.data.formats.format import FORMATS, Format, SourceClip, finite_frames, unreadable
+from fastskel.skeleton import topology
+
+__all__ = ["CLASSES", "TOPOLOGY", "read"]
+
+# names and order of the data set's description (Chen, Jafari, Kehtarnavaz, ICIP 2015)
+CLASSES = (
+    "swipe left",
+    "swipe right",
+    "wave",
+    "clap",
+    "throw",
+    "arm cross",
+    "basketball shoot",
+    "draw x",
+    "draw circle clockwise",
+    "draw circle counter-clockwise",
+    "draw triangle",
+    "bowling",
+    "boxing",
+    "baseball swing",
+    "tennis swing",
+    "arm curl",
+    "tennis serve",
+    "push",
+    "knock",
+    "catch",
+    "pick up and throw",
+    "jog",
+    "walk",
+    "sit to stand",
+    "stand to sit",
+    "lunge",
+    "squat",
+)
+TOPOLOGY = "kinect-20-utd"
+_NAME = re.compile(r"(a(\d{1,2})_s(\d{1,2})_t(\d{1,2}))_skeleton", re.ASCII)
+
+
+def read(data: bytes, path: str) -> SourceClip:
+    """Read one file.
+
+    Args:
+        data: Contents of a MATLAB 5 file with `d_skel`, (V, 3, T).
+        path: Its path, for the name of the clip and for messages.
+    Returns:
+        The clip; frames (T, 1, V, 3), metres.
+    Raises:
+        ValueError: If the name or the contents are not those of a UTD-MHAD skeleton.
+    """
+    from scipy.io import loadmat
+
+    match = _NAME.fullmatch(PurePosixPath(path).stem)
+    if match is None or not 1 <= int(match[2]) <= len(CLASSES):
+        raise unreadable("named a<1..27>_s<subject>_t<repetition>_skeleton.mat", PurePosixPath(path).name, path)
+    try:
+        values = loadmat(io.BytesIO(data), variable_names=["d_skel"])["d_skel"]
+    except KeyError as error:
+        raise unreadable("a MATLAB file with the variable d_skel", "none of that name", path) from error
+    # loadmat raises many kinds of error on damaged bytes; whichever it is, the file is at fault
+    except Exception as error:
+        raise unreadable("a complete MATLAB 5 file", f"an unreadable one ({error})", path) from error
+    num_joints = topology(TOPOLOGY).num_joints
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
+        raise unreadable("made of numbers", f"d_skel of type {getattr(values, 'dtype', type(values).__name__)}", path)
+    if values.ndim == 2:
+        # MATLAB drops a last axis of one: a clip of one frame
+        values = values[:, :, None]
+    if values.ndim != 3 or values.shape[:2] != (num_joints, 3):
+        raise unreadable(f"d_skel of shape ({num_joints} joints, 3, T)", f"shape {values.shape}", path)
+    frames = finite_frames(values.transpose(2, 0, 1), path)
+    columns = {"subject": int(match[3]), "repetition": int(match[4])}
+    return SourceClip(match[1], frames[:, None], int(match[2]) - 1, columns)
+
+
+FORMATS.add(
+    "utd-mhad",
+    Format(
+        topology=TOPOLOGY,
+        suffix=".mat",
+        channels=("x", "y", "z"),
+        units="metres",
+        up_axis="y",
+        class_names=CLASSES,
+        columns=("subject", "repetition"),
+        read=read,
+    ),
+)

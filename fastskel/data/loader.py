@@ -1,0 +1,234 @@
+"""Batches in an order and with a content that depend on nothing but their address."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from fastskel.data.batch import Batch
+from fastskel.data.packed import PackedDataset
+from fastskel.data.views import ViewSpec, crop_bounds, make_view, normalised
+from fastskel.philox import permutation
+
+__all__ = ["Loader"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# normalised frames are kept in memory up to this size: the small public data sets fit many times over
+CACHE_BYTES = 1 << 30
+# every address has 32 bits of epoch
+MAX_EPOCH = 1 << 32
+
+
+def _check(condition: bool, argument: str, contract: str, actual: object, advice: str) -> None:
+    if not condition:
+        raise ValueError(f"Loader: {argument} must be {contract}, got {actual}. {advice}.")
+
+
+class Loader:
+    """Batches of views of a packed data set, in a new order every epoch.
+
+    Iterating yields the batches of the current epoch from the current position on; after the last one the epoch
+    advances. Order and content are functions of (seed, epoch, position, rank, world_size) alone: any number of
+    threads gives the same bits, and a loader that loads another's state goes on where that one stopped.
+
+    Rank r takes every `world_size`-th sample of the common order, so all ranks have equally many. Where the number of
+    samples does not divide, drop_last leaves the rest out for the epoch; without it the order wraps around, and some
+    ranks see a few samples of the beginning a second time (`Batch.index` tells which).
+
+    Columns of the data set come as `Batch.extras`: per clip (N,), per frame (N, T), the nearest frame of the first
+    view's crop. Columns of text are left out, tensors cannot hold them.
+
+    Attributes:
+        epoch: Current epoch, from 0.
+        position: Batches of this epoch that were handed out.
+    """
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        *,
+        views: Sequence[ViewSpec],
+        batch_size: int,
+        seed: int = 0,
+        num_threads: int = 1,
+        dtype: str | torch.dtype = "float32",
+        indices: ArrayLike | None = None,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        """Check the arguments and, where they fit in `cache_bytes`, normalise the clips (T, M, V, C) once.
+
+        Args:
+            dataset: Packed clips.
+            views: One spec per view of a batch.
+            batch_size: N of one rank's batch.
+            seed: 64-bit key of the order and of all draws.
+            num_threads: Threads that prepare batches ahead; 0 prepares each when it is asked for.
+            dtype: float32, float16 or bfloat16, for the clips.
+            indices: Samples to use, (n,), distinct; None for all.
+            shuffle: Whether every epoch has an order of its own; else the order of `indices`.
+            drop_last: Whether a last, shorter batch is left out.
+            rank: This process's number.
+            world_size: Number of processes that share an epoch.
+            cache_bytes: Most memory for normalised frames, per kind of normalisation; above it they are normalised on
+                every use.
+        Raises:
+            ValueError: If an argument is not as described.
+        """
+        chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices)
+        _check(len(views) > 0, "views", "at least one ViewSpec", "none", "Use eval_view or usdrl_views")
+        _check(batch_size >= 1, "batch_size", "at least 1", batch_size, "Choose a size")
+        _check(num_threads >= 0, "num_threads", "at least 0", num_threads, "Use 0 to prepare batches inline")
+        _check(0 <= seed < 1 << 64, "seed", "in 0 .. 2^64 - 1", seed, "Choose another")
+        _check(0 <= rank < world_size, "rank", f"in 0 .. world_size - 1 = {world_size - 1}", rank, "Check the launcher")
+        name = str(dtype).removeprefix("torch.")
+        _check(name in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", dtype, "Choose one")
+        integral = chosen.ndim == 1 and len(chosen) > 0 and np.issubdtype(chosen.dtype, np.integer)
+        _check(integral, "indices", "a non-empty list of integers", f"{chosen.dtype} {chosen.shape}", "Check the split")
+        inside = bool(chosen.min() >= 0 and chosen.max() < len(dataset))
+        bounds = f"{chosen.min()} .. {chosen.max()}"
+        _check(inside, "indices", f"in 0 .. {len(dataset) - 1} for {dataset.path}", bounds, "Check the split")
+        repeated = len(chosen) - len(np.unique(chosen))
+        _check(repeated == 0, "indices", "distinct", f"{repeated} repeated", "Remove the repetitions")
+        for spec in views:
+            spec.check(dataset)
+        self.dataset = dataset
+        self.views = tuple(views)
+        self.batch_size, self.seed, self.num_threads, self.dtype = batch_size, seed, num_threads, DTYPES[name]
+        self.shuffle, self.drop_last, self.rank, self.world_size = shuffle, drop_last, rank, world_size
+        self.indices: NDArray[np.int64] = chosen.astype(np.int64)
+        self.epoch, self.position = 0, 0
+        share = len(chosen) // world_size if drop_last else -(-len(chosen) // world_size)
+        self.num_samples = share // batch_size * batch_size if drop_last else share
+        few = f"{batch_size} for {share} samples of this rank"
+        _check(self.num_samples > 0, "batch_size", "at most the number of samples", few, "Lower it or keep the last")
+        self._columns = self._numeric_columns()
+        self._sources = self._normalise(cache_bytes)
+
+    def _numeric_columns(self) -> dict[str, tuple[NDArray[Any], bool]]:
+        """Columns by name with whether they are per frame, (sum T,) rather than (n,)."""
+        columns = {}
+        for name, values in self.dataset.columns.items():
+            if values.dtype.kind in "biuf":
+                columns[name] = (np.asarray(values), self.dataset.per_frame(name))
+        return columns
+
+    def _normalise(self, cache_bytes: int) -> list[tuple[PackedDataset, ViewSpec]]:
+        """The data set and spec that each view is really made with."""
+        # views of a plain array: slicing a memory map clip by clip costs more than the clip
+        plain = replace(self.dataset, frames=np.asarray(self.dataset.frames))
+        cached: dict[str, PackedDataset] = {"none": plain}
+        sources = []
+        for spec in self.views:
+            kind = spec.normalise
+            if kind not in cached and plain.frames.size * 4 <= cache_bytes:
+                cached[kind] = normalised(plain, kind)
+            sources.append((cached[kind], replace(spec, normalise="none")) if kind in cached else (plain, spec))
+        return sources
+
+    def __len__(self) -> int:
+        """Batches of one epoch of this rank."""
+        return -(-self.num_samples // self.batch_size)
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Sample numbers of this rank in one epoch, (num_samples,)."""
+        order = self.indices[permutation(self.seed, epoch, len(self.indices))] if self.shuffle else self.indices
+        # without drop_last the order wraps around until every rank has as many
+        padded = np.resize(order, -(-len(order) // self.world_size) * self.world_size)
+        return padded[self.rank :: self.world_size][: self.num_samples]
+
+    def batch(self, epoch: int, index: NDArray[np.int64]) -> Batch:
+        """Make the batch of the given samples (N,) as in the given epoch: views (N, T, M, V, C)."""
+        views = []
+        for number, (dataset, spec) in enumerate(self._sources):
+            view = make_view(dataset, spec, index, self.seed, epoch, number)
+            views.append(replace(view, clips=view.clips.to(self.dtype)))
+        labels = torch.from_numpy(np.asarray(self.dataset.labels[index], np.int64))
+        return Batch(views, labels, torch.from_numpy(index.copy()), self._extras(epoch, index))
+
+    def _extras(self, epoch: int, index: NDArray[np.int64]) -> dict[str, Tensor]:
+        extras = {}
+        rows: NDArray[np.int64] | None = None
+        for name, (values, per_frame) in self._columns.items():
+            if per_frame and rows is None:
+                spec, first = self.views[0], self.dataset.offsets[index]
+                count = self.dataset.offsets[index + 1] - first
+                start, length = crop_bounds(spec.crop, count, seed=self.seed, index=index, epoch=epoch, view=0)
+                # the frame that holds the half-pixel centre of each output frame
+                centres = (2 * np.arange(spec.frames) + 1) * length[:, None] // (2 * spec.frames)
+                rows = (first + start)[:, None] + centres
+            extras[name] = torch.from_numpy(np.array(values[rows if per_frame else index]))
+        return extras
+
+    def _made(self, epoch: int, plan: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
+        """Make the planned batches in order, some ahead of their use."""
+        if self.num_threads == 0:
+            for index in plan:
+                yield self.batch(epoch, index)
+            return
+        pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="fastskel-loader")
+        ahead: deque[Future[Batch]] = deque()
+        try:
+            for index in plan:
+                ahead.append(pool.submit(self.batch, epoch, index))
+                # one batch more than threads waits, so that no thread idles while the caller computes
+                if len(ahead) > self.num_threads + 1:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the rest of the current epoch: batches of views (N, T, M, V, C)."""
+        self._turn()
+        epoch = self.epoch
+        _check(epoch < MAX_EPOCH, "epoch", "below 2^32", epoch, "Start again with another seed")
+        order = self.order(epoch)
+        plan = [order[begin : begin + self.batch_size] for begin in range(0, len(order), self.batch_size)]
+        for batch in self._made(epoch, plan[self.position :]):
+            self.position += 1
+            yield batch
+        self._turn()
+
+    def _turn(self) -> None:
+        """Begin the next epoch once every batch of this one was handed out."""
+        if self.position >= len(self):
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader stands: the next batch is the one after the last handed out, (N, T, M, V, C) per view."""
+        done = self.position >= len(self)
+        position = {"epoch": self.epoch + done, "position": 0 if done else self.position}
+        return position | self._meaning()
+
+    def _meaning(self) -> dict[str, int]:
+        names = ("seed", "batch_size", "world_size")
+        return {name: int(getattr(self, name)) for name in names} | {"num_indices": len(self.indices)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where another loader of the same data and arguments stood.
+
+        Raises:
+            ValueError: If the state belongs to another seed, batch size, world size or number of samples.
+        """
+        for name, value in self._meaning().items():
+            same = state.get(name) == value
+            advice = "Resume with the same arguments"
+            _check(same, f"state_dict[{name!r}]", f"the loader's {value}", state.get(name), advice)
+        epoch, position = int(state["epoch"]), int(state["position"])
+        inside = 0 <= epoch < MAX_EPOCH and 0 <= position < len(self)
+        contract = f"an epoch and a position below {len(self)}"
+        _check(inside, "state_dict", contract, (epoch, position), "Use an intact checkpoint")
+        self.epoch, self.position = epoch, position

@@ -1,0 +1,231 @@
+"""Packs clips: a user's own arrays with `pack_arrays`, the files of a public data set with `pack_source`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastskel.data.clips import ClipReader, Columns, Part, plain_labels, plain_names, plain_segments, plain_splits
+from fastskel.data.formats import FORMATS
+from fastskel.data.normalise import NORMALISATIONS, normalise
+from fastskel.data.packed import PackedDataset, open_dataset
+from fastskel.data.source import open_source
+from fastskel.data.writer import FramesWriter, destination, write_array, write_json, write_meta
+from fastskel.skeleton import Topology
+from fastskel.skeleton import topology as named_topology
+
+__all__ = ["PackSummary", "pack_arrays", "pack_source"]
+
+
+@dataclass(frozen=True)
+class PackSummary:
+    """What `pack_source` wrote.
+
+    Attributes:
+        path: The packed data set.
+        clips: Number of clips.
+        frames: Frames of all clips together.
+        bodies: Most bodies in one clip.
+        skipped: Path and reason of every file that holds no clip.
+        seconds: Wall-clock time.
+    """
+
+    path: Path
+    clips: int
+    frames: int
+    bodies: int
+    skipped: tuple[tuple[str, str], ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [f"packed {self.clips:,} clips, {self.frames:,} frames, {self.bodies} bodies at most, into {self.path}"]
+        lines[0] += f" in {self.seconds:.1f} s"
+        lines += [f"  skipped {path}: {reason}" for path, reason in self.skipped[:10]]
+        if len(self.skipped) > 10:
+            lines.append(f"  and {len(self.skipped) - 10} more files")
+        return "\n".join(lines)
+
+
+def pack_arrays(
+    clips: Iterable[ArrayLike | str | os.PathLike[str]],
+    *,
+    out: str | os.PathLike[str],
+    topology: str | Topology,
+    labels: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+    names: Sequence[str] | None = None,
+    columns: Mapping[str, Any] | None = None,
+    splits: Mapping[str, Mapping[str, Sequence[Part]]] | None = None,
+    segments: Sequence[Sequence[Any]] | NDArray[Any] | None = None,
+    class_names: Sequence[str] = (),
+    num_frames: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+    num_bodies: int = 1,
+    channels: Sequence[str] | None = None,
+    units: str = "metres",
+    up_axis: str = "y",
+    normalisation: str = "none",
+    source: str = "custom",
+) -> PackedDataset:
+    """Pack a user's own clips.
+
+    Args:
+        clips: Joint positions, (T, M, V, C) each, finite numbers, or paths of `.npy` files that hold them. T and M may
+            differ from clip to clip (absent bodies become zero); V and C may not. Read one at a time, so a generator
+            keeps memory small.
+        out: Folder to create.
+        topology: Skeleton of the V joints, or its name.
+        labels: Class of each clip, (n,), -1 where unknown; None: all unknown.
+        names: Unique clip names, (n,); None: "clip-000000" and so on.
+        columns: Column name to one value per clip, (n,), or to a list of n arrays with one value per frame, (T,) each.
+        splits: Protocol to {"train": clips, "test": clips}, clips given by index or name.
+        segments: Rows (clip, class, start, end[, confidence]), clip by index or name, end exclusive; they may overlap.
+        class_names: Names of the K classes.
+        num_frames: Valid frames at the beginning of each clip, (n,); None: frames with any non-zero joint are valid.
+            Other frames are dropped, with their values in per-frame columns, and segments follow.
+        num_bodies: Least M of the packed frames.
+        channels: Names of the C channels; None: x, y and z or score.
+        units: Unit of the coordinates, "metres", "pixels" or your own.
+        up_axis: Axis that points up in the world, "-y" where y points down as in images.
+        normalisation: Applied before writing: "none", "center", "center-first", "align" or "align-yaw".
+        source: Name of the data set; protocols that are rules belong to one.
+    Returns:
+        The packed data set, opened.
+    Raises:
+        ValueError: If an argument does not fit, naming the clip; nothing is left at `out`.
+    """
+    layout = named_topology(topology) if isinstance(topology, str) else topology
+    _check_choice("normalisation", normalisation, NORMALISATIONS)
+    _check_choice("up_axis", up_axis, ("x", "y", "z", "-x", "-y", "-z"))
+    reader = ClipReader(layout, names, num_frames)
+    values = Columns(columns or {}, where=os.fspath(out))
+    kept: list[NDArray[np.bool_]] = []
+    bodies: list[int] = []
+    with destination("pack_arrays", out) as scratch:
+        writer = FramesWriter(scratch / "frames.npy")
+        try:
+            for frames, valid in reader.read(clips):
+                values.take(len(kept), valid, reader.where)
+                kept.append(valid)
+                frames = normalise(frames, normalisation, layout)
+                bodies.append(int(frames.any(axis=(0, 2, 3)).sum()))
+                writer.append(frames)
+            writer.finish(num_bodies)
+        finally:
+            writer.close()
+        clip_names = plain_names(names, len(kept))
+        if channels is None:
+            channels = ("x", "y", "score" if units == "pixels" else "z", *"wuvabcd")[: reader.num_channels]
+        if len(channels) != reader.num_channels:
+            raise ValueError(
+                f"pack_arrays: channels must name the {reader.num_channels} channels of the clips, "
+                f"got {list(channels)}. Name each once."
+            )
+        meta = {
+            "source": source,
+            "topology": layout.name,
+            "channels": list(channels),
+            "units": units,
+            "up_axis": up_axis,
+            "class_names": list(class_names),
+            "normalisation": normalisation,
+            "valid_frames_rule": "nonzero" if num_frames is None else "counted",
+        }
+        arrays: dict[str, NDArray[Any]] = {
+            "names": clip_names,
+            "labels": plain_labels(labels, len(kept), len(class_names)),
+        }
+        if segments is not None and len(segments):
+            arrays["segments"] = plain_segments(segments, clip_names, kept, len(class_names))
+        if splits:
+            write_json(scratch / "splits.json", plain_splits(splits, clip_names))
+        _write(scratch, meta, arrays, [int(valid.sum()) for valid in kept], bodies, values.finish(len(kept)))
+    return open_dataset(out)
+
+
+def pack_source(
+    format_name: str,
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    progress: bool = True,
+) -> PackSummary:
+    """Pack the files of a public data set, clips of (T, M, V, C).
+
+    Args:
+        format_name: Name in `FORMATS`, such as "utd-mhad".
+        src: Folder with the files, searched recursively, or the tar or zip archive they come in.
+        dst: Folder to create. The same files give the same bytes.
+        progress: Show a progress bar on standard error.
+    Returns:
+        Summary of what was packed and skipped.
+    Raises:
+        ValueError: If the format is unknown or a file is damaged, naming it; nothing is left at `dst`.
+    """
+    from tqdm import tqdm
+
+    fmt = FORMATS[format_name]
+    begin = time.perf_counter()
+    names: list[str] = []
+    labels: list[int] = []
+    lengths: list[int] = []
+    bodies: list[int] = []
+    columns: dict[str, list[int]] = {column: [] for column in fmt.columns}
+    with destination("pack_source", dst) as scratch, open_source(src, fmt.suffix, scratch) as files:
+        writer = FramesWriter(scratch / "frames.npy")
+        try:
+            for path in tqdm(files.paths, desc=f"packing {format_name}", unit="clip", disable=not progress):
+                clip = fmt.read(files.read(path), f"{os.fspath(src)}/{path}")
+                writer.append(clip.frames)
+                names.append(clip.name)
+                labels.append(clip.label)
+                lengths.append(len(clip.frames))
+                bodies.append(clip.frames.shape[1])
+                for column, values in columns.items():
+                    values.append(clip.columns[column])
+            writer.finish()
+        finally:
+            writer.close()
+        meta = {
+            "source": format_name,
+            "topology": fmt.topology,
+            "channels": list(fmt.channels),
+            "units": fmt.units,
+            "up_axis": fmt.up_axis,
+            "class_names": list(fmt.class_names),
+            "normalisation": "none",
+            "valid_frames_rule": "counted",
+        }
+        arrays = {"names": np.array(names), "labels": np.array(labels, dtype=np.int64)}
+        packed_columns = {column: ("clip", np.array(values, dtype=np.int64)) for column, values in columns.items()}
+        _write(scratch, meta, arrays, lengths, bodies, packed_columns)
+        skipped = tuple(files.skipped)
+    seconds = time.perf_counter() - begin
+    return PackSummary(Path(dst), len(names), sum(lengths), max(bodies), skipped, seconds)
+
+
+def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"pack_arrays: {argument} must be one of {', '.join(choices)}, got {value!r}. Choose one.")
+
+
+def _write(
+    scratch: Path,
+    meta: Mapping[str, Any],
+    arrays: Mapping[str, NDArray[Any]],
+    lengths: Sequence[int],
+    bodies: Sequence[int],
+    columns: Mapping[str, tuple[str, NDArray[Any]]],
+) -> None:
+    write_array(scratch / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    write_array(scratch / "num_bodies.npy", np.array(bodies, dtype=np.int64))
+    for name, array in arrays.items():
+        write_array(scratch / f"{name}.npy", array)
+    for name, (_, array) in columns.items():
+        write_array(scratch / f"{name}.npy", array)
+    write_meta(scratch, {**meta, "columns": {name: kind for name, (kind, _) in columns.items()}})

@@ -1,0 +1,145 @@
+"""Files of a data set, from a folder or straight from an archive, without extracting anything."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import lzma
+import os
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+__all__ = ["SourceFiles", "open_source"]
+
+_DAMAGED = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, RuntimeError)
+# a clip of an hour is some tens of megabytes as text: whatever is larger is no clip
+MAX_FILE_BYTES = 256 << 20
+
+
+@dataclass
+class SourceFiles:
+    """The clip files of a source.
+
+    Attributes:
+        paths: Path of each file inside the source, sorted by file name.
+        skipped: Path and reason of what is no clip file.
+    """
+
+    root: Path
+    paths: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    _spool: IO[bytes] | None = None
+    _places: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def read(self, path: str) -> bytes:
+        """Return the contents of one file, (bytes,).
+
+        Raises:
+            ValueError: If the file cannot be read.
+        """
+        if self._spool is not None:
+            start, size = self._places[path]
+            self._spool.seek(start)
+            return self._spool.read(size)
+        try:
+            return (self.root / path).read_bytes()
+        except OSError as error:
+            raise _unreadable("readable", str(error.strerror), self.root / path) from error
+
+    def _offer(self, path: str, suffix: str, regular: bool, size: int) -> bool:
+        name = PurePosixPath(path).name
+        if name.startswith("."):
+            reason = "hidden file"
+        elif not name.endswith(suffix):
+            reason = f"not a {suffix} file"
+        elif not regular:
+            reason = "not a regular file"
+        elif size > MAX_FILE_BYTES:
+            reason = f"larger than {MAX_FILE_BYTES >> 20} MiB"
+        else:
+            self.paths.append(path)
+            return True
+        self.skipped.append((path, reason))
+        return False
+
+    def _keep(self, path: str, stream: IO[bytes], size: int) -> None:
+        assert self._spool is not None
+        # read one byte more than promised: an archive can lie about sizes
+        content = stream.read(size + 1)
+        if len(content) != size:
+            raise EOFError(f"{len(content)} of {size} bytes of {path}")
+        self._places[path] = (self._spool.seek(0, io.SEEK_END), size)
+        self._spool.write(content)
+
+
+def _unreadable(contract: str, actual: str, path: Path, action: str = "Fetch it again") -> ValueError:
+    return ValueError(f"pack_source: source must be {contract}, got {actual}, in {path}. {action}.")
+
+
+@contextlib.contextmanager
+def open_source(src: str | os.PathLike[str], suffix: str, scratch: Path) -> Iterator[SourceFiles]:
+    """List the clip files of a folder (recursively), a tar or a zip archive; each reads as (bytes,).
+
+    Args:
+        src: Folder or archive.
+        suffix: Ending of clip files.
+        scratch: Folder for a temporary copy of an archive's clip files, which are stored in no useful order.
+    Raises:
+        ValueError: If the source is missing, damaged or without clip files, or two files share a name.
+    """
+    root = Path(src)
+    with contextlib.ExitStack() as stack:
+        if root.is_dir():
+            files = SourceFiles(root)
+            for path in sorted(root.rglob("*")):
+                if not path.is_dir():
+                    files._offer(path.relative_to(root).as_posix(), suffix, path.is_file(), _size(path))
+        elif root.is_file():
+            files = SourceFiles(root, _spool=stack.enter_context(tempfile.TemporaryFile(dir=scratch)))
+            try:
+                _spool_archive(files, suffix)
+            except _DAMAGED as error:
+                # decompressors raise OSError without a number; with one it is the system's, about the disk
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                contract = "a folder or a complete tar or zip archive"
+                # one line: tarfile lists every compression that it tried
+                reason = " ".join(str(error).split())
+                raise _unreadable(contract, f"a damaged one ({reason})", root) from error
+        else:
+            raise _unreadable("a folder or an archive", "nothing", root, "Correct the path")
+        files.paths.sort(key=lambda path: (PurePosixPath(path).name, path))
+        names = [PurePosixPath(path).name for path in files.paths]
+        for one, other in zip(range(len(names)), range(1, len(names)), strict=False):
+            if names[one] == names[other]:
+                both = f"{files.paths[one]} and {files.paths[other]}"
+                raise _unreadable("without duplicate names", both, root, "Remove one of them")
+        if not names:
+            raise _unreadable(f"with {suffix} files", "none", root, "Correct the path or the format")
+        yield files
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _spool_archive(files: SourceFiles, suffix: str) -> None:
+    if zipfile.is_zipfile(files.root):
+        with zipfile.ZipFile(files.root) as zipped:
+            for entry in zipped.infolist():
+                if not entry.is_dir() and files._offer(entry.filename, suffix, True, entry.file_size):
+                    with zipped.open(entry) as stream:
+                        files._keep(entry.filename, stream, entry.file_size)
+        return
+    with tarfile.open(files.root, "r:*") as archive:
+        for member in archive:
+            if not member.isdir() and files._offer(member.name, suffix, member.isfile(), member.size):
+                content = archive.extractfile(member)
+                assert content is not None
+                files._keep(member.name, content, member.size)

@@ -1,0 +1,268 @@
+r"""Views: how a clip becomes what an encoder sees.
+
+A view is made in a fixed order: normalise the clip, crop it in time, resize the crop to T frames, apply the spatial
+transforms, derive the stream. The mask says which frames and bodies of the resized crop are present, before the
+spatial transforms. A view is a pure function of (clip, spec, seed, sample index, epoch, view number): equal in any
+batch, thread, rank or restart.
+
+Draws. Every draw is a Philox word (`fastskel.philox`) with key = seed and counter = (global sample index, epoch, view
+| use << 16, word / 4):
+
+    CROP word 0, 1    RandomCrop: scale and start
+    SPATIAL, JOINTS   the spatial transforms, 64 words each: `fastskel.data.transforms`
+
+A random crop of a clip of n frames is integer arithmetic, / rounding down:
+
+    low_q, high_q = round(low 2^24), round(high 2^24)
+    scale_q = low_q + (high_q - low_q) (word0 / 2^8) / 2^24
+    length  = min(max(n scale_q / 2^24, min_frames), n)
+    start   = below(word1, n - length + 1)
+
+and a centre crop has start = n (2^24 - round(ratio 2^24)) / 2^25 and length = n - 2 start.
+
+Source: temporal_cropresize and crop_subsequence of USDRL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from fastskel.data.batch import View
+from fastskel.data.normalise import NORMALISATIONS
+from fastskel.data.normalise import normalise as normalise_clip
+from fastskel.data.packed import PackedDataset
+from fastskel.data.resize import crop_resize
+from fastskel.data.transforms import JointCorruption, OneOf, Shear, SpatialTransform, apply_matrices, draw_matrices
+from fastskel.philox import Use, below, words
+from fastskel.skeleton import STREAMS, stream
+
+__all__ = [
+    "CenterCrop",
+    "RandomCrop",
+    "ViewSpec",
+    "crop_bounds",
+    "eval_view",
+    "make_view",
+    "normalised",
+    "usdrl_views",
+]
+
+# shares of a clip are integers in units of 2^-24: exact in float64 and float32, and what a Philox word resolves
+ONE = 1 << 24
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """A random part of the clip, from `low` to `high` of its n frames, at least min(n, `min_frames`)."""
+
+    low: float = 0.1
+    high: float = 1.0
+    min_frames: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high <= 1:
+            shares = f"{self.low}, {self.high}"
+            raise ValueError(f"RandomCrop: low and high must be 0 <= low <= high <= 1, got {shares}. Give shares.")
+        if self.min_frames < 1:
+            raise ValueError(f"RandomCrop: min_frames must be at least 1, got {self.min_frames}. Give a number.")
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """The middle part of the clip, `ratio` of its frames; 1.0 is the whole clip."""
+
+    ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 / ONE <= self.ratio <= 1:
+            raise ValueError(f"CenterCrop: ratio must be in (0, 1], got {self.ratio}. Give the share to keep.")
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """The pipeline of one view.
+
+    Attributes:
+        stream: joint, bone or motion; motion is that of the resized clip.
+        bone_variant: Named bone list of the topology; None for its default.
+        frames: T of the view.
+        crop: Part of the clip in time.
+        spatial: Spatial transforms, applied in their order.
+        normalise: A name in `fastskel.data.normalise.NORMALISATIONS`, done before everything else.
+        topology: Name of the skeleton the view expects; None takes the data set's.
+    """
+
+    stream: str = "joint"
+    bone_variant: str | None = None
+    frames: int = 64
+    crop: RandomCrop | CenterCrop = CenterCrop()
+    spatial: tuple[SpatialTransform, ...] = ()
+    normalise: str = "none"
+    topology: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"ViewSpec: frames must be at least 1, got {self.frames}. Give the length of the view.")
+        if self.stream not in STREAMS:
+            raise ValueError(f"ViewSpec: stream must be one of {', '.join(STREAMS)}, got {self.stream!r}. Choose one.")
+        if self.normalise not in NORMALISATIONS:
+            raise ValueError(
+                f"ViewSpec: normalise must be one of {', '.join(NORMALISATIONS)}, got {self.normalise!r}. Choose one."
+            )
+
+    def check(self, dataset: PackedDataset) -> None:
+        """Raise ValueError if the view cannot be made of the data set's clips (T, M, V, C)."""
+        if self.topology is not None and self.topology != dataset.topology.name:
+            raise ValueError(
+                f"ViewSpec: topology must be that of the data set {dataset.path}, {dataset.topology.name!r}, "
+                f"got {self.topology!r}. Change the spec or pack the data with that skeleton."
+            )
+        if self.spatial and dataset.channels not in (2, 3):
+            raise ValueError(
+                f"ViewSpec: spatial transforms must have 2 or 3 channels, got {dataset.channels} in {dataset.path}. "
+                "Remove the transforms."
+            )
+
+
+def crop_bounds(
+    crop: RandomCrop | CenterCrop,
+    num_frames: NDArray[np.int64],
+    *,
+    seed: int,
+    index: NDArray[np.int64],
+    epoch: int,
+    view: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw the crop of every sample.
+
+    Args:
+        crop: Kind of crop.
+        num_frames: Frames of each clip, (N,), at least 1.
+        seed: 64-bit key of the draws.
+        index: Global sample index of each row, (N,).
+        epoch: Epoch of the draws.
+        view: View number of the draws.
+    Returns:
+        First frame and length of each crop, (N,) and (N,).
+    """
+    count = np.asarray(num_frames, np.int64)
+    if isinstance(crop, CenterCrop):
+        start = (count * (ONE - round(crop.ratio * ONE))) // (2 * ONE)
+        return start, count - 2 * start
+    low, high = round(crop.low * ONE), round(crop.high * ONE)
+    drawn = words(seed, index, epoch, view, Use.CROP, 2)
+    scale = low + ((high - low) * (drawn[:, 0].astype(np.int64) >> 8) >> 24)
+    length = np.minimum(np.maximum(count * scale >> 24, crop.min_frames), count)
+    return below(drawn[:, 1], count - length + 1), length
+
+
+def normalised(dataset: PackedDataset, kind: str) -> PackedDataset:
+    """The same data set with every clip (T, M, V, C) normalised once, held in memory; `kind` as in `ViewSpec`.
+
+    Views of the result with normalise="none" equal views of the data set with this kind, bit for bit.
+    """
+    if kind == "none":
+        return dataset
+    frames = np.empty(dataset.frames.shape, np.float32)
+    for number in range(len(dataset)):
+        begin, end = int(dataset.offsets[number]), int(dataset.offsets[number + 1])
+        frames[begin:end] = _clip(dataset, number, kind)
+    return replace(dataset, frames=frames)
+
+
+def _clip(dataset: PackedDataset, number: int, kind: str) -> NDArray[np.float32]:
+    try:
+        clip = np.asarray(dataset.clip(number), np.float32)
+        return clip if kind == "none" else normalise_clip(clip, kind, dataset.topology)
+    except Exception as error:
+        raise ValueError(
+            f"make_view: clip must be readable and normalisable ({kind}), got {error!r} at clip {number} "
+            f"({dataset.names[number]}) of {dataset.path}. Pack the data set again without it."
+        ) from error
+
+
+def make_view(dataset: PackedDataset, spec: ViewSpec, index: ArrayLike, seed: int, epoch: int, view: int) -> View:
+    """Make one view of some samples: a pure function of its arguments, the same for a sample in any batch.
+
+    Args:
+        dataset: Packed clips (T, M, V, C).
+        spec: Pipeline.
+        index: Sample numbers in the data set, (N,).
+        seed: 64-bit key of the draws.
+        epoch: Epoch of the draws, below 2^32.
+        view: View number of the draws, below 2^16.
+    Returns:
+        View of clips (N, T, M, V, C), float32, and mask (N, T, M).
+    Raises:
+        ValueError: If the view cannot be made of this data set, an index is outside of it, or a clip fails, naming
+            the clip.
+    """
+    spec.check(dataset)
+    rows = np.asarray(index, np.int64).reshape(-1)
+    if len(rows) and (rows.min() < 0 or rows.max() >= len(dataset)):
+        bounds = f"{rows.min()} .. {rows.max()}"
+        raise ValueError(
+            f"make_view: index must be in 0 .. {len(dataset) - 1}, got {bounds} for {dataset.path}. "
+            "Give sample numbers of the data set."
+        )
+    num_frames = dataset.offsets[rows + 1] - dataset.offsets[rows]
+    if len(rows) and num_frames.min() < 1:
+        empty = int(rows[num_frames.argmin()])
+        place = f"clip {empty} ({dataset.names[empty]}) of {dataset.path}"
+        raise ValueError(
+            f"make_view: clip must have at least one frame, got none at {place}. Pack the data set again without it."
+        )
+    start, length = crop_bounds(spec.crop, num_frames, seed=seed, index=rows, epoch=epoch, view=view)
+    shape = (len(rows), spec.frames, *dataset.frames.shape[1:])
+    clips = np.empty(shape, np.float32)
+    for row, (number, begin, count) in enumerate(zip(rows.tolist(), start.tolist(), length.tolist(), strict=True)):
+        clips[row] = crop_resize(_clip(dataset, number, spec.normalise), begin, count, spec.frames)
+    mask = clips.any(axis=(-2, -1))
+    if spec.spatial:
+        matrices = draw_matrices(spec.spatial, shape[3], shape[4], seed=seed, index=rows, epoch=epoch, view=view)
+        clips = apply_matrices(clips, matrices)
+    values = stream(torch.from_numpy(clips), spec.stream, dataset.topology, spec.bone_variant)
+    return View(values, torch.from_numpy(mask), dataset.topology)
+
+
+def usdrl_views(
+    frames: int = 64,
+    stream: str = "joint",
+    num_views: int = 4,
+    normalise: str = "center",
+    min_frames: int = 64,
+    *,
+    low: float = 0.1,
+    fraction: float = 0.6,
+    amplitude: float = 1.0,
+    bone_variant: str | None = None,
+) -> tuple[ViewSpec, ...]:
+    """The multi-view augmentation of USDRL: random crop, then joint corruption or shear with equal odds.
+
+    Args:
+        frames: T of every view.
+        stream: joint, bone or motion.
+        num_views: W, equal specs with draws of their own.
+        normalise: Kind of normalisation, as in `ViewSpec`; `eval_view` must get the same.
+        min_frames: Crops are at least this long, or the whole clip where it is shorter.
+        low: Least share of the clip in a crop.
+        fraction: Share of the joints that corruption chooses.
+        amplitude: Largest shear factor.
+        bone_variant: Named bone list, for the bone stream.
+    Returns:
+        W specs of views (N, T, M, V, C).
+    """
+    corruption_or_shear = OneOf((JointCorruption(fraction), Shear(amplitude)))
+    crop = RandomCrop(low, 1.0, min_frames)
+    return (ViewSpec(stream, bone_variant, frames, crop, (corruption_or_shear,), normalise),) * num_views
+
+
+def eval_view(
+    frames: int = 64, stream: str = "joint", normalise: str = "center", *, bone_variant: str | None = None
+) -> ViewSpec:
+    """The view for evaluation: the whole clip resized to T frames, (N, T, M, V, C), nothing drawn."""
+    return ViewSpec(stream, bone_variant, frames, CenterCrop(), (), normalise)

@@ -1,0 +1,265 @@
+"""The loader: same bits for any number of threads, resume, shares of ranks, extras, errors, clean shutdown."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from fastskel.data import Loader, eval_view, make_synthetic, make_view, usdrl_views
+from fastskel.data import views as views_module
+from fastskel.data.views import CenterCrop, ViewSpec
+
+VIEWS = usdrl_views(8, num_views=2, min_frames=4)
+
+
+@pytest.fixture(scope="module")
+def dataset(memory_dataset):
+    return memory_dataset(np.arange(23) + 5)
+
+
+def make(dataset, **changes):
+    return Loader(dataset, **{"views": VIEWS, "batch_size": 4, "seed": 3} | changes)
+
+
+def same(first, second):
+    first, second = list(first), list(second)
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.index, other.index)
+        assert torch.equal(one.labels, other.labels)
+        for view, twin in zip(one.views, other.views, strict=True):
+            assert torch.equal(view.clips, twin.clips)
+            assert torch.equal(view.mask, twin.mask)
+
+
+def order(batches):
+    return torch.cat([batch.index for batch in batches]).tolist()
+
+
+def workers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("fastskel-loader")]
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_threads_change_no_bit(dataset, num_threads):
+    inline, threaded = make(dataset, num_threads=0), make(dataset, num_threads=num_threads)
+    for _ in range(2):
+        same(inline, threaded)
+    assert not workers()
+
+
+def test_batch_is_the_views_of_its_samples(dataset):
+    loader = make(dataset)
+    list(loader)
+    batch = next(iter(loader))
+    assert len(batch) == 4
+    assert batch.labels.tolist() == [int(dataset.labels[i]) for i in batch.index]
+    for number, view in enumerate(batch.views):
+        expected = make_view(dataset, VIEWS[number], batch.index.numpy(), 3, 1, number)
+        assert torch.equal(view.clips, expected.clips)
+    assert not torch.equal(batch.views[0].clips, batch.views[1].clips)
+    assert batch.stack().shape == (2, 4, 8, 1, 25, 3)
+
+
+def test_epochs(dataset):
+    loader = make(dataset)
+    assert len(loader) == 5
+    first, second = order(loader), order(loader)
+    assert loader.epoch == 2
+    assert loader.position == 0
+    assert len(set(first)) == len(set(second)) == 20
+    assert first != second
+    assert order(make(dataset, seed=4)) != first
+
+
+@pytest.mark.parametrize("position", range(12))
+def test_resume(dataset, position):
+    loader = make(dataset)
+    forever = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
+    for _ in range(position):
+        next(forever)
+    other = make(dataset, num_threads=0)
+    other.load_state_dict(loader.state_dict())
+    assert (other.epoch, other.position) == divmod(position, 5)
+    rest = itertools.chain.from_iterable(iter(other) for _ in itertools.count())
+    same(itertools.islice(forever, 7), itertools.islice(rest, 7))
+
+
+def test_breaking_after_the_last_batch_begins_the_next_epoch(dataset):
+    loader = make(dataset)
+    assert len(list(itertools.islice(loader, 5))) == 5
+    assert len(list(loader)) == 5
+    assert loader.epoch == 2
+
+
+def test_early_break_leaves_no_threads(dataset):
+    loader = make(dataset, num_threads=3)
+    for _ in loader:
+        assert workers()
+        break
+    assert not workers()
+    iterator = iter(loader)
+    next(iterator)
+    del iterator
+    assert not workers()
+
+
+def test_subset(dataset):
+    subset = [20, 3, 5, 8, 13, 1]
+    loader = make(dataset, indices=subset, batch_size=3)
+    assert sorted(order(loader)) == sorted(subset)
+    assert order(make(dataset, indices=subset, batch_size=4, shuffle=False, drop_last=False)) == subset
+
+
+def test_evaluation_order(dataset):
+    loader = Loader(dataset, views=[eval_view(8)], batch_size=10, shuffle=False, drop_last=False)
+    for _ in range(2):
+        batches = list(loader)
+        assert [len(batch) for batch in batches] == [10, 10, 3]
+        assert order(batches) == list(range(23))
+        expected = make_view(dataset, eval_view(8), np.arange(23), 0, 0, 0).clips
+        assert torch.equal(torch.cat([batch.views[0].clips for batch in batches]), expected)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_an_epoch(dataset, world_size):
+    whole = make(dataset, batch_size=1).order(0)
+    parts = [make(dataset, batch_size=1, rank=rank, world_size=world_size) for rank in range(world_size)]
+    orders = [order(part) for part in parts]
+    assert len({len(part) for part in orders}) == 1
+    kept = 23 // world_size * world_size
+    assert np.array(orders).T.ravel().tolist() == whole[:kept].tolist()
+
+
+def test_ranks_wrap_around_without_drop_last(dataset):
+    parts = [make(dataset, drop_last=False, rank=rank, world_size=4) for rank in range(4)]
+    assert [part.num_samples for part in parts] == [6] * 4
+    seen = [sample for part in parts for sample in order(part)]
+    assert sorted(set(seen)) == list(range(23))
+    assert len(seen) == 24
+
+
+def test_more_ranks_than_samples_wrap_around(dataset):
+    parts = [
+        make(dataset, indices=[1, 2], drop_last=False, rank=rank, world_size=5, shuffle=False) for rank in range(5)
+    ]
+    assert [order(part) for part in parts] == [[1], [2], [1], [2], [1]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("float16", torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        ("bfloat16", torch.bfloat16),
+        (torch.float32, torch.float32),
+    ],
+)
+def test_dtype(dataset, dtype, expected):
+    plain, cast = next(iter(make(dataset))), next(iter(make(dataset, dtype=dtype)))
+    assert cast.views[0].clips.dtype == expected
+    assert torch.equal(cast.views[0].clips, plain.views[0].clips.to(expected))
+
+
+def test_normalising_once_or_always_changes_no_bit(dataset):
+    same(make(dataset), make(dataset, cache_bytes=0))
+
+
+def test_extras(memory_dataset):
+    lengths = np.array([4, 9, 16])
+    per_frame = np.concatenate([np.arange(length) + 100 * clip for clip, length in enumerate(lengths)])
+    columns = [
+        ("subject", [7, 8, 9], "clip"),
+        ("place", ["a", "b", "c"], "clip"),
+        ("frame", per_frame, "frame"),
+        ("score", per_frame / 10, "frame"),
+    ]
+    dataset = memory_dataset(lengths, columns=columns)
+    views = [ViewSpec(frames=8, crop=CenterCrop()), *VIEWS]
+    batch = next(iter(Loader(dataset, views=views, batch_size=3, shuffle=False)))
+    assert set(batch.extras) == {"subject", "frame", "score"}
+    assert batch.extras["subject"].tolist() == [7, 8, 9]
+    assert batch.extras["frame"].dtype == torch.int64
+    assert batch.extras["frame"].tolist() == [
+        [0, 0, 1, 1, 2, 2, 3, 3],
+        [100, 101, 102, 103, 105, 106, 107, 108],
+        [201, 203, 205, 207, 209, 211, 213, 215],
+    ]
+
+
+def test_extras_follow_the_random_crop(memory_dataset):
+    # joint 0 holds the frame number: linear in time, so the resized value is within half a source frame of the nearest
+    lengths = np.arange(30) + 20
+    numbers = np.concatenate([np.arange(length) for length in lengths])
+    dataset = memory_dataset(lengths, columns=[("frame", numbers, "frame")])
+    dataset.frames[:] = numbers[:, None, None, None]
+    loader = Loader(dataset, views=[ViewSpec(frames=12, crop=usdrl_views(min_frames=5)[0].crop)], batch_size=30)
+    batch = next(iter(loader))
+    difference = batch.views[0].clips[:, :, 0, 0, 0] - batch.extras["frame"]
+    assert difference.abs().max() <= 0.5
+
+
+def test_packed_data(tmp_path):
+    packed = make_synthetic(tmp_path / "synthetic", num_clips=40, bodies=2)
+    loader = Loader(packed, views=usdrl_views(16), batch_size=8, indices=packed.splits["xsub"]["train"])
+    for batch in loader:
+        assert batch.stack().shape == (4, 8, 16, 2, 25, 3)
+        assert torch.isfinite(batch.stack()).all()
+        assert batch.views[0].mask[:, :, 0].all()
+        assert not batch.views[0].mask[:, :, 1].any()
+        assert set(batch.extras) == {"subject", "camera", "setup"}
+        assert (batch.extras["subject"] % 2 == 0).all()
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_worker_error_names_the_clip(dataset, num_threads, monkeypatch):
+    real = views_module.normalise_clip
+
+    def fail(clip, kind, topology):
+        if len(clip) == 5 + 11:
+            raise RuntimeError("broken")
+        return real(clip, kind, topology)
+
+    monkeypatch.setattr(views_module, "normalise_clip", fail)
+    loader = make(dataset, num_threads=num_threads, cache_bytes=0, drop_last=False)
+    with pytest.raises(ValueError, match=r"broken.* at clip 11 \(clip11\) of in-memory"):
+        list(loader)
+    assert not workers()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 24}, "batch_size must be at most the number of samples, got 24 for 23"),
+        ({"batch_size": 12, "world_size": 2}, "got 12 for 11"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"views": []}, "views must be at least one ViewSpec"),
+        ({"views": [ViewSpec(topology="coco-17")]}, "topology must be that of the data set in-memory"),
+        ({"indices": [0, 23]}, "indices must be in 0 .. 22 for in-memory, got 0 .. 23"),
+        ({"indices": [-1]}, "indices must be in 0 .. 22"),
+        ({"indices": []}, "indices must be a non-empty list of integers"),
+        ({"indices": [True] * 23}, "indices must be a non-empty list of integers"),
+        ({"indices": [1, 1]}, "indices must be distinct, got 1 repeated"),
+        ({"num_threads": -1}, "num_threads must be at least 0"),
+        ({"dtype": "float64"}, "dtype must be one of float32, float16, bfloat16, got float64"),
+        ({"rank": 2, "world_size": 2}, "rank must be in 0 .. world_size - 1 = 1, got 2"),
+        ({"seed": -1}, "seed must be in 0"),
+    ],
+)
+def test_bad_arguments(dataset, changes, message):
+    with pytest.raises(ValueError, match=f"Loader: .*{message}|ViewSpec: {message}"):
+        make(dataset, **changes)
+
+
+def test_refuses_the_state_of_other_arguments(dataset):
+    state = make(dataset).state_dict()
+    with pytest.raises(ValueError, match=r"state_dict\['batch_size'\] must be the loader's 5, got 4"):
+        make(dataset, batch_size=5).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"state_dict\['seed'\] must be the loader's 9, got 3"):
+        make(dataset, seed=9).load_state_dict(state)
+    with pytest.raises(ValueError, match="an epoch and a position below 5"):
+        make(dataset).load_state_dict(state | {"position": 5})
