@@ -1,0 +1,1 @@
+"""Other systems' own class signatures and checkpoint keys, over fastskel's modules."""

@@ -1,0 +1,141 @@
+"""What the reference's two model files share: tokens, projectors, the downstream head, and the sizes they imply."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastskel.models.backbone import USDRLBackbone, tokens
+from fastskel.nn.init import init_usdrl
+from fastskel.objectives.mgfd import projector
+from fastskel.skeleton import Topology, stream, topology
+
+__all__ = ["DownstreamModel", "PretrainingModel", "sizes"]
+
+# coordinates per joint in everything the reference trains on
+CHANNELS = 3
+BODIES = 2
+# the reference resizes every clip to this many frames, and its detection head to as many tokens
+FRAMES = 64
+MODALITIES = ("joint", "bone", "motion")
+
+
+def sizes(t_input_size: int, s_input_size: int) -> dict[str, int]:
+    """Read joints, bodies and frames off the reference's two input sizes, of tokens (N, T, M*V*C) and (N, M*V, T*C).
+
+    Raises:
+        ValueError: If a size is not a multiple of 3 channels.
+    """
+    for name, size in (("t_input_size", t_input_size), ("s_input_size", s_input_size)):
+        if size < CHANNELS or size % CHANNELS:
+            raise ValueError(f"sizes: {name} must be a positive multiple of {CHANNELS}, got {size}. Give M*V*3 or T*3.")
+    spatial = t_input_size // CHANNELS
+    bodies = BODIES if spatial % BODIES == 0 else 1
+    return dict(
+        num_joints=spatial // bodies, num_bodies=bodies, num_frames=s_input_size // CHANNELS, num_channels=CHANNELS
+    )
+
+
+def check_modality(modality: str) -> str:
+    """Return a known modality of clips (N, C, T, V, M).
+
+    Raises:
+        ValueError: If it is not joint, bone or motion.
+    """
+    if modality not in MODALITIES:
+        raise ValueError(f"modality must be one of {MODALITIES}, got {modality!r}. Correct its spelling.")
+    return modality
+
+
+def _bones(joints: int) -> tuple[Topology, str]:
+    known = {25: ("ntu-25", "agcn"), 17: ("coco-17", "usdrl")}
+    if joints not in known:
+        raise ValueError(f"bone modality: joints must be one of {sorted(known)}, got {joints}. Use joint or motion.")
+    name, variant = known[joints]
+    return topology(name), variant
+
+
+class PretrainingModel(nn.Module):
+    """The reference's `USDRL`: backbone and three projectors over four views of clips (N, C, T, V, M)."""
+
+    def __init__(self, hidden_size: int, backbone: USDRLBackbone, modality: str, init: bool) -> None:
+        super().__init__()
+        self.modality = check_modality(modality)
+        self.d_model = 2 * hidden_size
+        self.backbone = backbone
+        self.i_proj = projector(self.d_model, self.d_model, 2 * self.d_model)
+        self.s_proj = projector(hidden_size, self.d_model, self.d_model)
+        self.t_proj = projector(hidden_size, self.d_model, self.d_model)
+        if init:
+            self.apply(init_usdrl)
+
+    def modality_generation(self, data_input: Tensor, modality: str = "joint") -> tuple[Tensor, Tensor]:
+        """Turn clips (N, C, T, V, M) into tokens (N, T, M*V*C) and (N, M*V, T*C) of one modality."""
+        clips = data_input.permute(0, 2, 4, 3, 1)
+        kind = check_modality(modality)
+        if kind == "bone":
+            clips = stream(clips, kind, *_bones(clips.shape[3]))
+        elif kind == "motion":
+            clips = torch.cat([clips[:, 1:] - clips[:, :-1], torch.zeros_like(clips[:, :1])], 1)
+        return tokens(clips)
+
+    def sub_forward(self, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Embed one view, (N, C, T, V, M), to z_t and z_s (N, 2H) and z_i (N, 4H)."""
+        y_t, y_s = self.backbone.streams(*self.modality_generation(data, self.modality))
+        y_t, y_s = y_t.amax(dim=1), y_s.amax(dim=1)
+        return self.t_proj(y_t), self.s_proj(y_s), self.i_proj(torch.cat([y_t, y_s], dim=-1))
+
+    def forward(
+        self, data_v1: Tensor, data_v2: Tensor, data_v3: Tensor, data_v4: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Embed four views, (N, C, T, V, M) each, to lists of z_t (N, 2H), z_s (N, 2H) and z_i (N, 4H)."""
+        embedded = [self.sub_forward(view) for view in (data_v1, data_v2, data_v3, data_v4)]
+        z_t, z_s, z_i = (list(z) for z in zip(*embedded, strict=True))
+        return z_t, z_s, z_i
+
+
+class DownstreamModel(nn.Module):
+    """The reference's `Downstream`: backbone and a linear head over prepared tokens of all three modalities."""
+
+    def __init__(self, hidden_size: int, backbone: USDRLBackbone, num_class: int, modality: str) -> None:
+        super().__init__()
+        self.modality = check_modality(modality)
+        self.d_model = 2 * hidden_size
+        self.backbone = backbone
+        self.fc = nn.Linear(self.d_model, num_class)
+
+    def forward(
+        self,
+        jt: Tensor,
+        js: Tensor,
+        bt: Tensor | None,
+        bs: Tensor | None,
+        mt: Tensor | None,
+        ms: Tensor | None,
+        knn_eval: bool = False,
+        detect: bool = False,
+    ) -> Tensor:
+        """Classify clips, or frames.
+
+        Args:
+            jt: Joint tokens, (N, T, M*V*C).
+            js: Joint tokens, (N, M*V, T*C).
+            bt: Bone tokens, (N, T, M*V*C); only the pair of the model's modality is read.
+            bs: Bone tokens, (N, M*V, T*C).
+            mt: Motion tokens, (N, T, M*V*C).
+            ms: Motion tokens, (N, M*V, T*C).
+            knn_eval: Return the pooled feature instead of scores.
+            detect: Return scores for each of 64 frames.
+        Returns:
+            Scores (N, K); features (N, 2H) with `knn_eval`; scores (N, 64, K) with `detect`.
+        """
+        pair = {"joint": (jt, js), "bone": (bt, bs), "motion": (mt, ms)}[self.modality]
+        if pair[0] is None or pair[1] is None:
+            raise ValueError(f"Downstream: {self.modality} tokens must be given, got None. Pass both token sets.")
+        y_t, y_s = self.backbone.streams(pair[0], pair[1])
+        if detect:
+            y_s = F.adaptive_avg_pool1d(y_s.transpose(1, 2), FRAMES).transpose(1, 2)
+            return self.fc(torch.cat([y_t, y_s], dim=-1))  # type: ignore[no-any-return]
+        y_i = torch.cat([y_t.amax(dim=1), y_s.amax(dim=1)], dim=-1)
+        return y_i if knn_eval else self.fc(y_i)

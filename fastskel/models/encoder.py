@@ -1,0 +1,75 @@
+"""The encoder contract: what every skeleton encoder takes and returns."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastskel.data.batch import View
+from fastskel.registry import Registry
+
+__all__ = ["ENCODERS", "Encoder", "Features"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder says of a view; a task names what it needs of it.
+
+    Attributes:
+        pooled: One vector per sample, (N, F).
+        temporal: Per-frame features, (N, T', D), where the encoder has them.
+        spatial: Per-joint features, (N, S, D), where the encoder has them.
+        tokens: Per-body, per-frame, per-joint features, (N, M, T', V', D), where the encoder has them.
+        aux: Anything else, by name.
+    """
+
+    pooled: Tensor
+    temporal: Tensor | None = None
+    spatial: Tensor | None = None
+    tokens: Tensor | None = None
+    aux: dict[str, Any] = field(default_factory=dict)
+
+    def need(self, name: str, task: str) -> Tensor:
+        """Return the named feature, shaped as its attribute says.
+
+        Raises:
+            ValueError: If the encoder does not provide it.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"{task}: the encoder must provide {name!r} features, got none. Choose another encoder.")
+        return value  # type: ignore[no-any-return]
+
+
+class Encoder(nn.Module, abc.ABC):
+    """Base of all encoders.
+
+    Attributes:
+        num_features: The F of `Features.pooled`, (N, F).
+        num_token_features: The D of `temporal`, `spatial` and `tokens`, (..., D).
+        config: Constructor arguments, so that a checkpoint can rebuild the encoder.
+    """
+
+    num_features: int
+    num_token_features: int
+    config: dict[str, Any]
+
+    @abc.abstractmethod
+    def forward(self, view: View, *, token_mask: Tensor | None = None, mode: str | None = None) -> Features:
+        """Encode one view.
+
+        Args:
+            view: Clips (N, T, M, V, C) with their mask and topology.
+            token_mask: Tokens to hide, for encoders that mask inside.
+            mode: Named variant of the forward pass, for encoders that have several.
+        Returns:
+            Features, `pooled` (N, F) always.
+        Raises:
+            ValueError: On shapes, masks or modes that the encoder does not support.
+        """
+
+
+ENCODERS: Registry[type[Encoder]] = Registry("encoder")

@@ -1,0 +1,67 @@
+"""STTR, the plain spatio-temporal transformer of USDRL."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fastskel.data.batch import View
+from fastskel.models.backbone import USDRLBackbone
+from fastskel.models.encoder import ENCODERS
+from fastskel.nn.init import init_usdrl
+
+__all__ = ["STTR"]
+
+
+class STTR(USDRLBackbone):
+    """Spatio-temporal transformer: a post-norm ReLU transformer over the tokens of each stream.
+
+    Args:
+        num_joints: Joints V.
+        num_bodies: Bodies M.
+        num_frames: Longest clip in frames T.
+        num_channels: Channels C.
+        width: Width D of both streams.
+        num_heads: Attention heads.
+        num_layers: Layers per stream; they start equal wherever `init` does not draw, as torch copies the first.
+        init: `"usdrl"` initialises Linear layers from N(0, 0.02) as the AAAI code does, `"torch"` keeps torch's own start
+            as the journal code does.
+    Raises:
+        ValueError: On sizes or heads outside their range.
+    Source: specification of USDRL, section 1.10.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_joints: int = 25,
+        num_bodies: int = 2,
+        num_frames: int = 64,
+        num_channels: int = 3,
+        width: int = 1024,
+        num_heads: int = 1,
+        num_layers: int = 2,
+        init: Literal["usdrl", "torch"] = "usdrl",
+    ) -> None:
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__(num_joints, num_bodies, num_frames, num_channels, width)
+        self.config = config
+        if num_heads < 1 or width % num_heads or num_layers < 1:
+            raise ValueError(
+                f"STTR: num_heads must divide width {width} and num_layers be at least 1, got {num_heads} and "
+                f"{num_layers}. Choose others."
+            )
+        for name in ("t_tr", "s_tr"):
+            block = nn.TransformerEncoderLayer(width, num_heads, width, dropout=0.0, batch_first=True)
+            self.add_module(name, nn.TransformerEncoder(block, num_layers, enable_nested_tensor=False))
+        if init == "usdrl":
+            self.apply(init_usdrl)
+
+    def streams(self, temporal: Tensor, spatial: Tensor, view: View | None = None) -> tuple[Tensor, Tensor]:
+        """Encode raw tokens (N, T, M*V*C) and (N, M*V, T*C) to (N, T, D) and (N, M*V, D)."""
+        t, s = self.ske_emb(temporal, spatial)
+        return self.get_submodule("t_tr")(self.tpe(t)), self.get_submodule("s_tr")(s + self.spe)
+
+
+ENCODERS.add("usdrl-sttr", STTR)

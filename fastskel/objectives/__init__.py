@@ -1,0 +1,6 @@
+"""Pretraining objectives behind one contract."""
+
+from fastskel.objectives.mgfd import MGFD
+from fastskel.objectives.objective import OBJECTIVES, Objective, Terms
+
+__all__ = ["MGFD", "OBJECTIVES", "Objective", "Terms"]

@@ -1,0 +1,99 @@
+"""The USDRL objective: three projectors and multi-grained feature decorrelation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastskel.data.batch import Batch, concat_views
+from fastskel.data.views import ViewSpec
+from fastskel.models.encoder import Encoder
+from fastskel.nn.init import init_usdrl
+from fastskel.objectives.functional import mgfd_loss
+from fastskel.objectives.objective import OBJECTIVES, Objective, Terms
+
+__all__ = ["MGFD", "projector"]
+
+# weight of the cross-correlation term in the two published versions of the code
+XCORR_WEIGHTS = {"aaai": 1e-3, "journal": 0.0}
+
+
+def projector(width_in: int, width: int, width_out: int) -> nn.Sequential:
+    """Build a three-layer projector with BatchNorm, (N, width_in) to (N, width_out)."""
+    return nn.Sequential(
+        nn.Linear(width_in, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True),
+        nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True),
+        nn.Linear(width, width_out),
+    )  # fmt: skip
+
+
+class MGFD(Objective):
+    """Multi-grained feature decorrelation over views of the same clip.
+
+    Args:
+        encoder: Encoder with temporal (N, T, D) and spatial (N, S, D) features.
+        views: One specification per view, at least two; the last view is the anchor.
+        weighting: `"aaai"` weighs cross-correlation by 1e-3, `"journal"` leaves it out.
+        init: `"usdrl"` or `"torch"`, as the encoders'.
+    Raises:
+        ValueError: On fewer than two views, or an unknown weighting.
+    Source: specification of USDRL, sections 1.11 and 2.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        views: tuple[ViewSpec, ...],
+        *,
+        weighting: Literal["aaai", "journal"] = "aaai",
+        init: Literal["usdrl", "torch"] = "usdrl",
+    ) -> None:
+        super().__init__()
+        if len(views) < 2:
+            raise ValueError(
+                f"MGFD: views must be at least 2, got {len(views)}. Consistency needs two views of a clip."
+            )
+        if weighting not in XCORR_WEIGHTS:
+            raise ValueError(f"MGFD: weighting must be one of {sorted(XCORR_WEIGHTS)}, got {weighting!r}. Choose one.")
+        self.views = tuple(views)
+        self.xcorr_weight = XCORR_WEIGHTS[weighting]
+        d = encoder.num_token_features
+        self.i_proj = projector(2 * d, 2 * d, 4 * d)
+        self.s_proj = projector(d, 2 * d, 2 * d)
+        self.t_proj = projector(d, 2 * d, 2 * d)
+        if init == "usdrl":
+            self.apply(init_usdrl)
+
+    def project(self, y_t: Tensor, y_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project one view's pooled streams, (N, D) each, to z_t and z_s (N, 2D) and z_i (N, 4D)."""
+        return self.t_proj(y_t), self.s_proj(y_s), self.i_proj(torch.cat([y_t, y_s], -1))
+
+    def embed(self, encoder: Encoder, batch: Batch) -> dict[str, Tensor]:
+        """Embed all views.
+
+        Returns:
+            `z_t` and `z_s` (W, N, 2D), `z_i` (W, N, 4D). BatchNorm sees one view at a time, in order, as separate
+            forward passes would.
+        """
+        shapes = {(view.clips.shape[1:], view.topology.name) for view in batch.views}
+        groups = [batch.views] if len(shapes) == 1 else [[view] for view in batch.views]
+        pooled: list[tuple[Tensor, Tensor]] = []
+        for group in groups:
+            features = encoder(concat_views(group))
+            y_t = features.need("temporal", "MGFD").amax(1)
+            y_s = features.need("spatial", "MGFD").amax(1)
+            pooled += zip(y_t.chunk(len(group)), y_s.chunk(len(group)), strict=True)
+        projected = [self.project(y_t, y_s) for y_t, y_s in pooled]
+        return {name: torch.stack(z) for name, z in zip(("z_t", "z_s", "z_i"), zip(*projected), strict=True)}
+
+    def loss(self, embeddings: dict[str, Tensor], batch: Batch, progress: float) -> Terms:
+        """Return the MG-FD loss of embeddings with leading (W, N) and its named terms, () each."""
+        total, terms = mgfd_loss(
+            embeddings["z_t"], embeddings["z_s"], embeddings["z_i"], xcorr_weight=self.xcorr_weight
+        )
+        return Terms(total, terms)
+
+
+OBJECTIVES.add("mgfd", MGFD)
