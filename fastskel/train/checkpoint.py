@@ -1,0 +1,180 @@
+"""Native checkpoints: a folder of safetensors and one JSON file, complete or absent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastskel.atomic import atomic_folder
+from fastskel.data.views import CenterCrop, ViewSpec
+from fastskel.models.encoder import ENCODERS, Encoder
+from fastskel.train.stage import describe
+
+__all__ = [
+    "Checkpoint",
+    "load_encoder",
+    "load_weights",
+    "newest",
+    "prune",
+    "read_checkpoint",
+    "save_checkpoint",
+    "weights",
+]
+
+FORMAT_VERSION = 1
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read, tensors on the host.
+
+    Attributes:
+        path: Its folder.
+        state: What is known of the run: encoder, objective, view, position, versions.
+        model: Weights and buffers by name, shared ones once.
+        optimizer: Optimiser tensors by parameter name and kind; empty when they were not asked for.
+    """
+
+    path: Path
+    state: Mapping[str, Any]
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+
+
+def weights(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Name the weights and persistent buffers of several modules, tensors of any shape, shared ones once."""
+    seen: set[int] = set()
+    named: dict[str, Tensor] = {}
+    for prefix, module in modules.items():
+        for name, value in module.state_dict(keep_vars=True).items():
+            if id(value) not in seen:
+                seen.add(id(value))
+                named[f"{prefix}.{name}"] = value.detach()
+    return named
+
+
+def load_weights(modules: Mapping[str, nn.Module], stored: Mapping[str, Tensor], source: Path) -> None:
+    """Copy stored tensors of any shape into modules; names and shapes must agree exactly.
+
+    Raises:
+        ValueError: Naming the file and the first disagreeing keys.
+    """
+    target = weights(modules)
+    missing, extra = sorted(target.keys() - stored.keys()), sorted(stored.keys() - target.keys())
+    wrong = [k for k in target.keys() & stored.keys() if target[k].shape != stored[k].shape]
+    if missing or extra or wrong:
+        raise ValueError(
+            f"load_weights: {source} must hold exactly the model's tensors, got missing {missing[:3]}, unexpected "
+            f"{extra[:3]}, of another shape {sorted(wrong)[:3]}. Build the model with the configuration it was saved with."
+        )
+    with torch.no_grad():
+        for name, value in target.items():
+            value.copy_(stored[name])
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    modules: Mapping[str, nn.Module],
+    state: Mapping[str, Any],
+    optimizer: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write one checkpoint under `folder`; it appears complete, under its step's name, or not at all."""
+    target = folder / f"step-{step:09d}"
+    if target.exists():
+        shutil.rmtree(target)
+    with atomic_folder(target) as scratch:
+        tensors = {name: value.cpu().contiguous() for name, value in weights(modules).items()}
+        save_file(tensors, scratch / MODEL_FILE)
+        if optimizer is not None:
+            save_file({name: value.cpu().contiguous() for name, value in optimizer.items()}, scratch / OPTIMIZER_FILE)
+        text = json.dumps({"format_version": FORMAT_VERSION, "step": step, **describe(state)}, indent=1)
+        (scratch / STATE_FILE).write_text(text)
+    return target
+
+
+def newest(run: Path) -> Path | None:
+    """Return the last complete checkpoint of a run folder."""
+    found = sorted(path.parent for path in (run / "checkpoints").glob(f"step-*/{STATE_FILE}"))
+    return found[-1] if found else None
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the last `keep` checkpoints of a run, and what killed writers left."""
+    folder = run / "checkpoints"
+    for stale in sorted(folder.glob("step-*"))[:-keep]:
+        # renamed first: a kill in the middle of the removal must not leave a checkpoint with files missing
+        doomed = stale.with_name(f".doomed-{stale.name}")
+        os.replace(stale, doomed)
+    for scratch in folder.glob(".*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def read_checkpoint(path: str | os.PathLike[str], *, optimizer: bool = False) -> Checkpoint:
+    """Read a native checkpoint from its folder, or the newest one of a run folder.
+
+    Args:
+        path: Checkpoint or run folder.
+        optimizer: Whether to read the optimiser's tensors too.
+    Raises:
+        ValueError: If there is no complete checkpoint, or a file is damaged or of another version, naming the file.
+    """
+    given = Path(path)
+    folder = given if (given / STATE_FILE).exists() else newest(given)
+    if folder is None:
+        raise ValueError(
+            f"read_checkpoint: path must be a run or checkpoint folder, got {given} without {STATE_FILE}. "
+            "Give the folder that `fastskel pretrain` wrote."
+        )
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"read_checkpoint: {folder / STATE_FILE} must be JSON, got {error}. Use another checkpoint."
+        ) from error
+    if state.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"read_checkpoint: {folder / STATE_FILE} must have format_version {FORMAT_VERSION}, "
+            f"got {state.get('format_version')}. Use the fastskel version that wrote it."
+        )
+    tensors: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}, OPTIMIZER_FILE: {}}
+    for name in (MODEL_FILE, OPTIMIZER_FILE) if optimizer else (MODEL_FILE,):
+        try:
+            tensors[name] = load_file(folder / name)
+        except Exception as error:
+            # safetensors raises its own type for damaged files and OSError for missing ones: both say the same here
+            raise ValueError(
+                f"read_checkpoint: {folder / name} must be safetensors, got {error}. Use another one."
+            ) from error
+    return Checkpoint(folder, state, tensors[MODEL_FILE], tensors[OPTIMIZER_FILE])
+
+
+def _eval_view(described: Mapping[str, Any]) -> ViewSpec:
+    fields = {f.name for f in dataclasses.fields(ViewSpec)}
+    plain = {k: v for k, v in described.items() if k in fields - {"crop", "spatial"}}
+    return ViewSpec(**plain, crop=CenterCrop(described["crop"]["ratio"]))
+
+
+def load_encoder(path: str | os.PathLike[str]) -> tuple[Encoder, ViewSpec, Checkpoint]:
+    """Rebuild the downstream encoder of a run or checkpoint, in eval mode.
+
+    Returns:
+        The encoder of views (N, T, M, V, C), how its views are made, and the checkpoint.
+    """
+    checkpoint = read_checkpoint(path)
+    described = checkpoint.state["encoder"]
+    encoder = ENCODERS[described["name"]](**described["config"])
+    own = {name: value for name, value in checkpoint.model.items() if name.startswith("encoder.")}
+    load_weights({"encoder": encoder}, own, checkpoint.path / MODEL_FILE)
+    return encoder.eval(), _eval_view(checkpoint.state["eval_view"]), checkpoint

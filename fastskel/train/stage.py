@@ -1,0 +1,101 @@
+"""What to train: one complete frozen configuration, and the recipes that return it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from fastskel.data.packed import PackedDataset
+from fastskel.data.views import ViewSpec
+
+__all__ = ["Precision", "Recipe", "Stage", "describe"]
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training from start to end.
+
+    Attributes:
+        encoder: Registered encoder name.
+        encoder_options: Its constructor arguments.
+        objective: Registered objective name.
+        objective_options: Its constructor arguments beside encoder and views.
+        views: How each view is made, (N, T, M, V, C) each.
+        eval_view: How downstream tasks make their one view.
+        epochs: Passes over the data.
+        batch_size: Samples N per step.
+        lr: Learning rate of Adam.
+        weight_decay: Coupled L2 weight decay of Adam, on every parameter.
+        milestones: Epochs from which the learning rate is multiplied by `lr_factor`, once each.
+        lr_factor: Factor at each milestone.
+        warmup_steps: Steps over which the learning rate rises linearly from zero.
+        precision: Compute type of the encoder and projectors; losses are always at least fp32.
+        seed: Key of every random draw.
+        num_threads: Loader threads; batches do not depend on it.
+        checkpoint_steps: Steps between checkpoints; 0 makes one at the end of each epoch.
+        log_steps: Steps between log records.
+        name: Name of the stage's folder in a run of several stages.
+        initial: Earlier stage whose encoder this one starts from.
+    """
+
+    encoder: str
+    objective: str
+    views: tuple[ViewSpec, ...]
+    eval_view: ViewSpec
+    encoder_options: Mapping[str, Any] = field(default_factory=dict)
+    objective_options: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int = 451
+    batch_size: int = 356
+    lr: float = 5e-4
+    weight_decay: float = 1e-5
+    milestones: tuple[int, ...] = (351,)
+    lr_factor: float = 0.1
+    warmup_steps: int = 0
+    precision: Precision = "fp32"
+    seed: int = 0
+    num_threads: int = 1
+    checkpoint_steps: int = 0
+    log_steps: int = 1
+    name: str = "pretrain"
+    initial: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "log_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"Stage: {name} must be at least 1, got {getattr(self, name)}. Give a positive number."
+                )
+        if self.lr <= 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"Stage: lr must be positive and weight_decay not negative, got {self.lr} and {self.weight_decay}. Fix them."
+            )
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"Stage: precision must be fp32 or bf16, got {self.precision!r}. Choose one.")
+
+    def lr_at(self, epoch: int, step: int) -> float:
+        """Learning rate of a step, as a function of its address alone."""
+        warmth = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.lr * warmth * self.lr_factor ** sum(epoch >= milestone for milestone in self.milestones)
+
+
+class Recipe(Protocol):
+    """A frozen dataclass of friendly settings that becomes stages once the data set is known."""
+
+    def stages(self, dataset: PackedDataset) -> tuple[Stage, ...]:
+        """Return the complete configuration for a data set of clips (T, M, V, C)."""
+
+
+def describe(value: Any) -> Any:
+    """Turn configurations into plain JSON values; dataclasses name their type."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {str(k): describe(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(v) for v in value]
+    return value
