@@ -1,0 +1,27 @@
+"""Evaluation of frozen encoders: cached features, nearest neighbours, linear probe, metrics and reports."""
+
+from fastskel.evaluate.features import FeatureSet, extract, raw_features
+from fastskel.evaluate.knn import knn_neighbours, knn_predict, knn_rank
+from fastskel.evaluate.linear import LinearConfig, LinearResult, choose_config, linear_probe
+from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy, top_k_accuracy
+from fastskel.evaluate.run import evaluate_knn, evaluate_linear, split_features
+
+__all__ = [
+    "FeatureSet",
+    "LinearConfig",
+    "LinearResult",
+    "accuracy",
+    "choose_config",
+    "confusion_matrix",
+    "evaluate_knn",
+    "evaluate_linear",
+    "extract",
+    "knn_neighbours",
+    "knn_predict",
+    "knn_rank",
+    "linear_probe",
+    "mean_class_accuracy",
+    "raw_features",
+    "split_features",
+    "top_k_accuracy",
+]
