@@ -1,0 +1,7 @@
+"""`python -m fastskel` is the command line."""
+
+import sys
+
+from fastskel.cli import main
+
+sys.exit(main())
