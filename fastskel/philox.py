@@ -194,13 +194,13 @@ def distinct(words: NDArray[np.uint32], n: int) -> NDArray[np.int64]:
     return pool[:, :count].copy()
 
 
-def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """Shuffle range(n) for an epoch: the stable order of 64-bit keys, word 0 the lower half and word 1 the upper.
+def permutation(seed: int, epoch: int, n: int, use: int = Use.SHUFFLE) -> NDArray[np.int64]:
+    """Shuffle range(n) for an epoch and a use: the stable order of 64-bit keys, word 0 the lower half, word 1 the upper.
 
     Returns:
         Permutation of range(n), (n,).
     Raises:
         ValueError: If the seed, the epoch or n leaves its range.
     """
-    keys = words(seed, np.arange(n, dtype=np.int64), epoch, 0, Use.SHUFFLE, 2).astype(np.uint64)
+    keys = words(seed, np.arange(n, dtype=np.int64), epoch, 0, use, 2).astype(np.uint64)
     return np.argsort(keys[:, 0] | keys[:, 1] << np.uint64(32), kind="stable").astype(np.int64)

@@ -18,6 +18,7 @@ LAYERS = {
     "fastskel._native": 0,
     "fastskel.registry": 0,
     "fastskel.atomic": 0,
+    "fastskel.provenance": 0,
     # the only units of layer 0 that may see another: see FOUNDATIONS
     "fastskel.philox": 0,
     "fastskel.skeleton": 0,

@@ -2,8 +2,9 @@
 
 from fastskel.data.batch import Batch, DrawAddress, View
 from fastskel.data.loader import Loader
-from fastskel.data.pack import pack_arrays
+from fastskel.data.pack import pack_arrays, pack_source
 from fastskel.data.packed import PackedDataset, open_dataset
+from fastskel.data.protocols import Split, split
 from fastskel.data.synthetic import make_synthetic
 from fastskel.data.transforms import JointCorruption, OneOf, Shear, SpatialTransform
 from fastskel.data.views import CenterCrop, RandomCrop, ViewSpec, eval_view, make_view, usdrl_views
@@ -19,6 +20,7 @@ __all__ = [
     "RandomCrop",
     "Shear",
     "SpatialTransform",
+    "Split",
     "View",
     "ViewSpec",
     "eval_view",
@@ -26,5 +28,7 @@ __all__ = [
     "make_view",
     "open_dataset",
     "pack_arrays",
+    "pack_source",
+    "split",
     "usdrl_views",
 ]

@@ -108,25 +108,23 @@ def concat_views(views: list[View]) -> View:
     Returns:
         One view, (W*N, T, M, V, C), view by view, its draws still addressed as the parts' were.
     Raises:
-        ValueError: If the views differ in shape, topology or seed and step.
+        ValueError: If there is no view, or the views differ in shape, topology or seed and step.
     """
-    first = views[0]
-    kinds = {(tuple(view.clips.shape[1:]), view.topology.name) for view in views}
+    kinds = {(tuple(view.clips.shape), view.topology.name) for view in views}
     if len(kinds) != 1:
         raise ValueError(
             f"concat_views: views must agree in shape and topology, got {sorted(kinds)}. Encode them singly."
         )
-    address = None
-    if first.address is not None:
-        parts = [view.address for view in views if view.address is not None]
-        if len(parts) != len(views) or len({(part.seed, part.step) for part in parts}) != 1:
-            raise ValueError("concat_views: views must share seed and step, got several. Use Batch.at once per step.")
-        address = DrawAddress(
-            first.address.seed,
-            first.address.step,
-            torch.cat([part.index for part in parts]),
-            torch.cat([part.view for part in parts]),
+    parts = [view.address for view in views if view.address is not None]
+    keys = {(part.seed, part.step) for part in parts}
+    if len(parts) not in (0, len(views)) or len(keys) > 1:
+        raise ValueError(
+            f"concat_views: views must share seed and step, got {sorted(keys)} for {len(parts)} of {len(views)} views. "
+            "Use Batch.at once per step."
         )
-    return View(
-        torch.cat([view.clips for view in views]), torch.cat([view.mask for view in views]), first.topology, address
-    )
+    address = None
+    if parts:
+        index, number = torch.cat([part.index for part in parts]), torch.cat([part.view for part in parts])
+        address = DrawAddress(parts[0].seed, parts[0].step, index, number)
+    clips, mask = torch.cat([view.clips for view in views]), torch.cat([view.mask for view in views])
+    return View(clips, mask, views[0].topology, address)

@@ -172,11 +172,11 @@ def semi(
     Raises:
         ValueError: If the fraction is out of range or leaves nothing.
     """
-    from fastskel.philox import permutation
+    from fastskel.philox import Use, permutation
 
     if not 0 < fraction <= 1:
         raise ValueError(f"semi: fraction must be in (0, 1], got {fraction}. Choose another.")
-    order = train[permutation(seed, 0, len(train))] if len(train) else train
+    order = train[permutation(seed, 0, len(train), Use.SUBSET)] if len(train) else train
     if balanced:
         parts = [order[labels[order] == label] for label in np.unique(labels[train])]
         chosen = np.concatenate([part[: max(1, int(len(part) * fraction))] for part in parts] or [order])
@@ -210,7 +210,7 @@ def holdout(
     Raises:
         ValueError: If the column or a value is unknown, or a part would be empty.
     """
-    from fastskel.philox import permutation
+    from fastskel.philox import Use, permutation
 
     column_values = _clip_column(dataset, column)[train]
     known = np.unique(column_values)
@@ -218,7 +218,7 @@ def holdout(
         if not 0 < fraction < 1:
             raise ValueError(f"holdout: fraction must be in (0, 1), got {fraction}. Choose another.")
         count = max(1, round(len(known) * fraction))
-        values = known[permutation(seed, 0, len(known))[:count]].tolist()
+        values = known[permutation(seed, 0, len(known), Use.SUBSET)[:count]].tolist()
     absent = [value for value in values if value not in known.tolist()]
     if absent:
         raise _fault(f"values of {column!r}", f"{absent}, not in {known.tolist()}", dataset, "Choose among these")

@@ -233,7 +233,7 @@ def usdrl_views(
     frames: int = 64,
     stream: str = "joint",
     num_views: int = 4,
-    normalise: str = "center",
+    normalise: str = "none",
     min_frames: int = 64,
     *,
     low: float = 0.1,
@@ -262,7 +262,7 @@ def usdrl_views(
 
 
 def eval_view(
-    frames: int = 64, stream: str = "joint", normalise: str = "center", *, bone_variant: str | None = None
+    frames: int = 64, stream: str = "joint", normalise: str = "none", *, bone_variant: str | None = None
 ) -> ViewSpec:
     """The view for evaluation: the whole clip resized to T frames, (N, T, M, V, C), nothing drawn."""
     return ViewSpec(stream, bone_variant, frames, CenterCrop(), (), normalise)

@@ -276,7 +276,7 @@ def choose_config(
         ValueError: If no class has two samples, or if every rate diverges.
     """
     _check_set("train", train, num_classes)
-    order = torch.from_numpy(philox.permutation(config.seed, 0, len(train)))
+    order = torch.from_numpy(philox.permutation(config.seed, 0, len(train), philox.Use.SUBSET))
     held = torch.zeros(len(train), dtype=torch.bool)
     for label in torch.unique(train.labels):
         mine = order[train.labels[order] == label]

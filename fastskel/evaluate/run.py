@@ -21,7 +21,7 @@ from fastskel.evaluate.linear import LinearConfig, linear_probe
 from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy
 from fastskel.evaluate.report import confusion_csv, confusion_figure, write_results
 from fastskel.models.encoder import Encoder
-from fastskel.train.runlog import provenance
+from fastskel.provenance import provenance
 
 __all__ = ["evaluate_knn", "evaluate_linear", "split_features"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+
 import torch
 from torch import Tensor, nn
 
@@ -61,8 +63,23 @@ class USDRLBackbone(Encoder):
             view: Where random draws are addressed; None draws a fresh key from torch's generator.
         Returns:
             Temporal and spatial features, (N, T, D) and (N, M*V, D).
+        Raises:
+            ValueError: If the two token sets do not fit the encoder and each other.
         """
-        raise NotImplementedError
+        frames, bodies, joints, channels = self.shape
+        n, t = temporal.shape[:2]
+        expected = ((n, t, bodies * joints * channels), (n, bodies * joints, t * channels))
+        if (temporal.shape, spatial.shape) != expected or not 1 <= t <= frames:
+            raise ValueError(
+                f"{type(self).__name__}: tokens must be (N, T, {expected[0][2]}) and (N, {expected[1][1]}, T*{channels}) "
+                f"with T in 1..{frames}, got {tuple(temporal.shape)} and {tuple(spatial.shape)}. Cut both from the same clips."
+            )
+        temporal, spatial = self.ske_emb(temporal, spatial)
+        return self.transform(temporal, spatial, view)
+
+    @abc.abstractmethod
+    def transform(self, temporal: Tensor, spatial: Tensor, view: View | None) -> tuple[Tensor, Tensor]:
+        """Transform embedded tokens (N, T, D) and (N, M*V, D) to features of the same shapes."""
 
     def check(self, clips: Tensor) -> None:
         """Refuse clips that are not (N, T, M, V, C) of the configured sizes.

@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastskel.data.batch import View
+from fastskel.data.batch import DrawAddress, View
 from fastskel.models.backbone import USDRLBackbone
 from fastskel.models.encoder import ENCODERS
 from fastskel.nn.drop_path import drop_path_scale
 from fastskel.nn.dst_layer import NUM_DROP_PATHS, DSTLayer
-from fastskel.nn.init import init_usdrl
+from fastskel.nn.init import Init, initialise
 
 __all__ = ["DSTE"]
 
@@ -50,7 +50,7 @@ class DSTE(USDRLBackbone):
         gap: int = 4,
         alpha: float = 0.5,
         drop_path: float = 0.1,
-        init: Literal["usdrl", "torch"] = "usdrl",
+        init: Init = "usdrl",
     ) -> None:
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__(num_joints, num_bodies, num_frames, num_channels, width)
@@ -70,8 +70,7 @@ class DSTE(USDRLBackbone):
             for name, length in (("t_tr", num_frames), ("s_tr", num_bodies * num_joints)):
                 layer = DSTLayer(length, width, num_heads, alpha, gap)
                 self.add_module(f"{name}{number or ''}", layer)
-        if init == "usdrl":
-            self.apply(init_usdrl)
+        initialise(self, init)
 
     def layers(self, stream: Literal["t_tr", "s_tr"]) -> list[nn.Module]:
         """Layers of one stream over tokens (N, S, D), first to last."""
@@ -80,23 +79,26 @@ class DSTE(USDRLBackbone):
     def _drop_scales(self, rows: int, view: View | None, device: torch.device) -> list[list[Tensor | None]]:
         if not self.training or self.drop_path == 0.0:
             return [[None, None] for _ in range(self.num_layers)]
-        calls = self.num_layers * 2 * NUM_DROP_PATHS
         address = None if view is None else view.address
         if address is None:
             # existing code seeds torch's generator and knows no addresses: one draw from it keys this forward pass
-            seed = int(torch.randint(2**62, ()))
-            drawn = drop_path_scale(self.drop_path, calls, rows, seed=seed, step=0, index=None, view=None)
-        else:
-            drawn = drop_path_scale(
-                self.drop_path, calls, rows,
-                seed=address.seed, step=address.step, index=address.index, view=address.view,
-            )  # fmt: skip
+            key = int(torch.randint(2**62, ()))
+            address = DrawAddress(key, 0, torch.arange(rows), torch.zeros(rows, dtype=torch.int64))
+        if len(address.index) != rows:
+            raise ValueError(
+                f"DSTE: view.address must have one index for each of {rows} clips, got {len(address.index)}. "
+                "Address the views with Batch.at."
+            )
+        drawn = drop_path_scale(
+            self.drop_path, self.num_layers * 2 * NUM_DROP_PATHS,
+            seed=address.seed, step=address.step, index=address.index, view=address.view,
+        )  # fmt: skip
         scales = drawn.to(device).reshape(rows, self.num_layers, 2, NUM_DROP_PATHS)
         return [[scales[:, layer, stream] for stream in range(2)] for layer in range(self.num_layers)]
 
-    def streams(self, temporal: Tensor, spatial: Tensor, view: View | None = None) -> tuple[Tensor, Tensor]:
-        """Encode raw tokens (N, T, M*V*C) and (N, M*V, T*C) to (N, T, D) and (N, M*V, D)."""
-        t, s = self.ske_emb(temporal, spatial)
+    def transform(self, temporal: Tensor, spatial: Tensor, view: View | None) -> tuple[Tensor, Tensor]:
+        """Transform embedded tokens (N, T, D) and (N, M*V, D) to features of the same shapes."""
+        t, s = temporal, spatial
         scales = self._drop_scales(t.shape[0], view, t.device)
         for t_layer, s_layer, (t_scale, s_scale) in zip(self.layers("t_tr"), self.layers("s_tr"), scales, strict=True):
             t = t_layer(self.tpe(t), t_scale)

@@ -33,7 +33,7 @@ class Features:
     aux: dict[str, Any] = field(default_factory=dict)
 
     def need(self, name: str, task: str) -> Tensor:
-        """Return the named feature, shaped as its attribute says.
+        """Return the named feature, (N, ...) as its attribute says.
 
         Raises:
             ValueError: If the encoder does not provide it.

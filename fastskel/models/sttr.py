@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor, nn
 
 from fastskel.data.batch import View
 from fastskel.models.backbone import USDRLBackbone
 from fastskel.models.encoder import ENCODERS
-from fastskel.nn.init import init_usdrl
+from fastskel.nn.init import Init, initialise
 
 __all__ = ["STTR"]
 
@@ -42,7 +40,7 @@ class STTR(USDRLBackbone):
         width: int = 1024,
         num_heads: int = 1,
         num_layers: int = 2,
-        init: Literal["usdrl", "torch"] = "usdrl",
+        init: Init = "usdrl",
     ) -> None:
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__(num_joints, num_bodies, num_frames, num_channels, width)
@@ -55,13 +53,11 @@ class STTR(USDRLBackbone):
         for name in ("t_tr", "s_tr"):
             block = nn.TransformerEncoderLayer(width, num_heads, width, dropout=0.0, batch_first=True)
             self.add_module(name, nn.TransformerEncoder(block, num_layers, enable_nested_tensor=False))
-        if init == "usdrl":
-            self.apply(init_usdrl)
+        initialise(self, init)
 
-    def streams(self, temporal: Tensor, spatial: Tensor, view: View | None = None) -> tuple[Tensor, Tensor]:
-        """Encode raw tokens (N, T, M*V*C) and (N, M*V, T*C) to (N, T, D) and (N, M*V, D)."""
-        t, s = self.ske_emb(temporal, spatial)
-        return self.get_submodule("t_tr")(self.tpe(t)), self.get_submodule("s_tr")(s + self.spe)
+    def transform(self, temporal: Tensor, spatial: Tensor, view: View | None) -> tuple[Tensor, Tensor]:
+        """Transform embedded tokens (N, T, D) and (N, M*V, D) to features of the same shapes."""
+        return self.get_submodule("t_tr")(self.tpe(temporal)), self.get_submodule("s_tr")(spatial + self.spe)
 
 
 ENCODERS.add("usdrl-sttr", STTR)

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
-__all__ = ["init_usdrl"]
+__all__ = ["Init", "init_usdrl", "initialise"]
+
+Init = Literal["usdrl", "torch"]
+
+
+def initialise(module: nn.Module, init: Init) -> None:
+    """Initialise a module and all its children: `"usdrl"` by `init_usdrl`, `"torch"` leaves torch's own start.
+
+    Raises:
+        ValueError: On any other name.
+    """
+    if init not in ("usdrl", "torch"):
+        raise ValueError(f"{type(module).__name__}: init must be 'usdrl' or 'torch', got {init!r}. Choose one.")
+    if init == "usdrl":
+        module.apply(init_usdrl)
 
 
 def init_usdrl(module: nn.Module) -> None:

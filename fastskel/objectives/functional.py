@@ -34,11 +34,10 @@ def _off_diagonal_energy(matrix: Tensor) -> Tensor:
     return matrix.masked_fill(eye, 0.0).square().sum()
 
 
-def _check(function: str, z: Tensor, dims: int) -> None:
-    if z.dim() != dims or z.shape[-2] < 2 or z.shape[-1] < 1:
-        form = "(W, N, D)" if dims == 3 else "(N, D)"
+def _check(function: str, z: Tensor) -> None:
+    if z.dim() != 2 or z.shape[0] < 2 or z.shape[1] < 1:
         raise ValueError(
-            f"{function}: embeddings must be {form} with N at least 2, got {tuple(z.shape)}. "
+            f"{function}: embeddings must be (N, D) with N at least 2, got {tuple(z.shape)}. "
             "Statistics over the batch need two samples: enlarge the batch or drop the last short one."
         )
 
@@ -51,9 +50,14 @@ def similarity(z: Tensor, criterion: Callable[[Tensor, Tensor], Tensor] | None =
         criterion: Distance of two (N, D) tensors; None is the mean squared error.
     Returns:
         Sum of the 2 * (W - 1) distances, ().
+    Raises:
+        ValueError: If z is not (W, N, D) with at least two views.
     Source: `similarity` of USDRL; the anchor is never part of the centre.
     """
-    _check("similarity", z, 3)
+    if z.dim() != 3 or z.shape[0] < 2:
+        raise ValueError(
+            f"similarity: z must be (W, N, D) with W at least 2, got {tuple(z.shape)}. Stack the views of the samples."
+        )
     with _without_autocast(z):
         z = _at_least_fp32(z)
         distance = criterion or torch.nn.functional.mse_loss
@@ -72,9 +76,11 @@ def variance_covariance(z: Tensor) -> Tensor:
         z: Embeddings, (N, D).
     Returns:
         The loss, ().
+    Raises:
+        ValueError: If z is not (N, D) with at least two samples.
     Source: `v_ac` of USDRL, after VICReg.
     """
-    _check("variance_covariance", z, 2)
+    _check("variance_covariance", z)
     with _without_autocast(z):
         z = _at_least_fp32(z)
         rows, width = z.shape
@@ -95,10 +101,16 @@ def cross_correlation(a: Tensor, b: Tensor) -> Tensor:
         b: Embeddings of another, (N, D).
     Returns:
         The loss, ().
+    Raises:
+        ValueError: If a and b are not (N, D) of one shape with at least two samples.
     Source: `xcorr_loss` of USDRL, after Barlow Twins.
     """
-    _check("cross_correlation", a, 2)
-    _check("cross_correlation", b, 2)
+    _check("cross_correlation", a)
+    if a.shape != b.shape:
+        raise ValueError(
+            f"cross_correlation: a and b must agree in shape, got {tuple(a.shape)} and {tuple(b.shape)}. "
+            "Pass two views of the same samples."
+        )
     with _without_autocast(a):
         a, b = _at_least_fp32(a), _at_least_fp32(b)
         c = ((a - a.mean(0)) / a.std(0)).T @ ((b - b.mean(0)) / b.std(0)) / a.shape[0]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastskel.data.batch import Batch, concat_views
 from fastskel.data.views import ViewSpec
 from fastskel.models.encoder import Encoder
-from fastskel.nn.init import init_usdrl
+from fastskel.nn.init import Init, initialise
 from fastskel.objectives.functional import mgfd_loss
 from fastskel.objectives.objective import OBJECTIVES, Objective, Terms
 
@@ -48,7 +48,7 @@ class MGFD(Objective):
         views: tuple[ViewSpec, ...],
         *,
         weighting: Literal["aaai", "journal"] = "aaai",
-        init: Literal["usdrl", "torch"] = "usdrl",
+        init: Init = "usdrl",
     ) -> None:
         super().__init__()
         if len(views) < 2:
@@ -63,8 +63,7 @@ class MGFD(Objective):
         self.i_proj = projector(2 * d, 2 * d, 4 * d)
         self.s_proj = projector(d, 2 * d, 2 * d)
         self.t_proj = projector(d, 2 * d, 2 * d)
-        if init == "usdrl":
-            self.apply(init_usdrl)
+        initialise(self, init)
 
     def project(self, y_t: Tensor, y_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project one view's pooled streams, (N, D) each, to z_t and z_s (N, 2D) and z_i (N, 4D)."""

@@ -93,7 +93,7 @@ def save_checkpoint(
     """Write one checkpoint under `folder`; it appears complete, under its step's name, or not at all."""
     target = folder / f"step-{step:09d}"
     if target.exists():
-        shutil.rmtree(target)
+        _remove(target)
     with atomic_folder(target) as scratch:
         tensors = {name: value.cpu().contiguous() for name, value in weights(modules).items()}
         save_file(tensors, scratch / MODEL_FILE)
@@ -110,13 +110,19 @@ def newest(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def _remove(checkpoint: Path) -> None:
+    # renamed first: a kill in the middle of the removal must not leave a checkpoint with files missing
+    doomed = checkpoint.with_name(f".doomed-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def prune(run: Path, keep: int) -> None:
     """Remove all but the last `keep` checkpoints of a run, and what killed writers left."""
     folder = run / "checkpoints"
     for stale in sorted(folder.glob("step-*"))[:-keep]:
-        # renamed first: a kill in the middle of the removal must not leave a checkpoint with files missing
-        doomed = stale.with_name(f".doomed-{stale.name}")
-        os.replace(stale, doomed)
+        _remove(stale)
     for scratch in folder.glob(".*"):
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -143,10 +149,11 @@ def read_checkpoint(path: str | os.PathLike[str], *, optimizer: bool = False) ->
         raise ValueError(
             f"read_checkpoint: {folder / STATE_FILE} must be JSON, got {error}. Use another checkpoint."
         ) from error
-    if state.get("format_version") != FORMAT_VERSION:
+    version = state.get("format_version") if isinstance(state, dict) else None
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"read_checkpoint: {folder / STATE_FILE} must have format_version {FORMAT_VERSION}, "
-            f"got {state.get('format_version')}. Use the fastskel version that wrote it."
+            f"read_checkpoint: {folder / STATE_FILE} must have format_version {FORMAT_VERSION}, got {version}. "
+            "Use the fastskel version that wrote it."
         )
     tensors: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}, OPTIMIZER_FILE: {}}
     for name in (MODEL_FILE, OPTIMIZER_FILE) if optimizer else (MODEL_FILE,):

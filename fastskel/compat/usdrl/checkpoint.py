@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,12 @@ __all__ = ["DEFAULTS", "Published", "export", "load_downstream", "load_published
 PREFIX = "module."
 # what a published file does not record, and the value every published recipe used
 DEFAULTS: Mapping[str, Any] = {"num_head": 1, "gap": 4, "alpha": 0.5, "modality": "joint"}
+DSTE_ONLY = ("gap", "alpha")
+PROJECTORS = ("t_proj.", "s_proj.", "i_proj.")
+HEAD = ("fc.weight", "fc.bias")
 MODULES: Mapping[str, Any] = {"dste": dste, "sttr": sttr}
-# the reference hard-codes these: 25 or 17 joints of two bodies, and the clip length
-REFERENCE_TOKENS, REFERENCE_FRAMES = (50, 34), 64
+# the reference hard-codes these: 25 or 17 joints of two bodies, the clip length, the rate of DSTE's DropPath
+REFERENCE_TOKENS, REFERENCE_FRAMES, REFERENCE_DROP_PATH = (50, 34), 64, 0.1
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,52 @@ def _refuse(path: Path, contract: str, actual: object, advice: str) -> ValueErro
     return ValueError(f"read_published: {path} must {contract}, got {actual}. {advice}.")
 
 
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise _refuse(path, "be a readable file", error.strerror, "Check the path") from error
+    try:
+        with file:
+            stored: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch raises pickle and zip errors of many types, and its texts advise to load without protection: say it anew
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"a pickle that asks for {forbidden[1]}" if forbidden else f"a damaged one ({type(error).__name__})"
+        advice = "Nothing in it was run; use an intact published file"
+        raise _refuse(path, "be a checkpoint of tensors and plain values", reason, advice) from error
+    state = stored.get("state_dict") if isinstance(stored, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        keys = sorted(map(str, stored))[:5] if isinstance(stored, dict) else type(stored).__name__
+        advice = "Use a checkpoint written by the reference's pretraining"
+        raise _refuse(path, "hold a state_dict of named tensors", keys, advice)
+    if not isinstance(stored.setdefault("epoch", 0), int):
+        raise _refuse(path, "hold its epoch as a number", repr(stored["epoch"]), "Use an intact published file")
+    return dict(stored)
+
+
+def _sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
+    wanted = {"backbone.spe": 3, "backbone.ske_emb.t_embedding.0.weight": 2, "backbone.ske_emb.s_embedding.0.weight": 2}
+    for key, dims in wanted.items():
+        if key not in state or state[key].dim() != dims:
+            actual = tuple(state[key].shape) if key in state else "none"
+            raise _refuse(path, f"hold {key} of {dims} dimensions", actual, "Use a USDRL checkpoint")
+    spe, temporal, spatial = (state[key] for key in wanted)
+    if spe.shape[1] * CHANNELS != temporal.shape[1]:
+        raise _refuse(
+            path, f"have t_input_size / {CHANNELS} spatial tokens", f"{temporal.shape[1]} and {spe.shape[1]}",
+            "The file is inconsistent",
+        )  # fmt: skip
+    layers = {key.split(".")[3] for key in state if key.startswith("backbone.t_tr.layers.")}
+    return {
+        "t_input_size": temporal.shape[1],
+        "s_input_size": spatial.shape[1],
+        "hidden_size": spe.shape[2],
+        # DSTE always has two
+        "num_layer": len(layers) or 2,
+    }
+
+
 def read_published(path: str | os.PathLike[str]) -> Published:
     """Read a `.pth.tar` of the reference: `{"epoch", "state_dict", "optimizer"}`.
 
@@ -59,17 +109,7 @@ def read_published(path: str | os.PathLike[str]) -> Published:
             two copies of a shared attention differ; naming the file and the key.
     """
     path = Path(path)
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch raises unpickling, zip and I/O errors of many types; all mean that the file cannot be used
-        reason = str(error).splitlines()[0]
-        raise _refuse(
-            path, "be a checkpoint of tensors and plain values", reason, "Use an intact published file"
-        ) from error
-    if not isinstance(stored, dict) or not isinstance(stored.get("state_dict"), dict):
-        keys = sorted(map(str, stored))[:5] if isinstance(stored, dict) else type(stored).__name__
-        raise _refuse(path, "hold a state_dict", keys, "Use a checkpoint written by the reference's pretraining")
+    stored = _load(path)
     state: dict[str, Tensor] = {key.removeprefix(PREFIX): value for key, value in stored["state_dict"].items()}
     kind: Literal["dste", "sttr"]
     if any(key.startswith("backbone.t_tr.CA.") for key in state):
@@ -82,51 +122,38 @@ def read_published(path: str | os.PathLike[str]) -> Published:
         twin = key.replace(".DSA.attn.", ".CA.attn.")
         if twin != key and not torch.equal(value, state.get(twin, torch.empty(0))):
             raise _refuse(path, f"hold equal copies of {key} and {twin}", "different ones", "The file is inconsistent")
-    try:
-        inferred = {
-            "t_input_size": state["backbone.ske_emb.t_embedding.0.weight"].shape[1],
-            "s_input_size": state["backbone.ske_emb.s_embedding.0.weight"].shape[1],
-            "hidden_size": state["backbone.spe"].shape[2],
-            "num_layer": len({k.split(".")[3] for k in state if k.startswith("backbone.t_tr.layers.")}) or 2,
-        }
-    except KeyError as error:
-        raise _refuse(path, f"hold the key {error}", "none", "Use a USDRL checkpoint") from error
-    if state["backbone.spe"].shape[1] * CHANNELS != inferred["t_input_size"]:
-        tokens = state["backbone.spe"].shape[1]
-        raise _refuse(
-            path,
-            "have t_input_size / 3 spatial tokens",
-            f"{inferred['t_input_size']} and {tokens}",
-            "It is inconsistent",
-        )
-    return Published(path, kind, state, inferred, int(stored.get("epoch", 0)))
+    return Published(path, kind, state, _sizes(path, state), stored["epoch"])
 
 
 def _settings(published: Published, given: Mapping[str, Any], announce: Callable[[str], None]) -> dict[str, Any]:
-    unknown = sorted(given.keys() - DEFAULTS.keys())
+    known = {k: v for k, v in DEFAULTS.items() if published.backbone == "dste" or k not in DSTE_ONLY}
+    unknown = sorted(given.keys() - known.keys())
     if unknown:
         raise ValueError(
-            f"load: settings must be among {sorted(DEFAULTS)}, got {unknown}. Sizes are read off the file."
+            f"load: settings of {published.path} must be among {sorted(known)}, got {unknown}. "
+            "Sizes are read off the file."
         )
-    settings = {**DEFAULTS, **given}
-    sizes = ", ".join(f"{k}={v}" for k, v in published.inferred.items())
-    assumed = ", ".join(f"{k}={settings[k]}" + ("" if k in given else " (assumed)") for k in DEFAULTS)
-    announce(f"{published.path.name}: {published.backbone.upper()}, {sizes}; not recorded in the file: {assumed}")
+    settings = {**known, **given}
+    read = ", ".join(f"{k}={v}" for k, v in published.inferred.items())
+    assumed = ", ".join(f"{k}={v}" + ("" if k in given else " (assumed)") for k, v in settings.items())
+    announce(f"{published.path.name}: {published.backbone.upper()}, {read}; not recorded in the file: {assumed}")
     return settings
 
 
-def _load_strictly(model: nn.Module, published: Published, may_miss: str | None, may_stay: tuple[str, ...]) -> None:
+def _load_strictly(model: nn.Module, published: Published, unused: tuple[str, ...], prefix: str = "") -> None:
+    """Copy the file's tensors, all but those that start with `unused`; all of the head may be missing."""
+    stored = {k.removeprefix(prefix): v for k, v in published.state.items() if not k.startswith(unused)}
     own = model.state_dict()
-    missing = [k for k in own if k not in published.state and not (may_miss and k.startswith(may_miss))]
-    extra = [k for k in published.state if k not in own and not k.startswith(may_stay)]
-    wrong = [k for k in own if k in published.state and own[k].shape != published.state[k].shape]
+    if not any(key in stored for key in HEAD):
+        stored |= {key: own[key] for key in HEAD if key in own}
+    missing, extra = [k for k in own if k not in stored], [k for k in stored if k not in own]
+    wrong = [k for k in own if k in stored and own[k].shape != stored[k].shape]
     if missing or extra or wrong:
         raise ValueError(
             f"load: {published.path} must fit the model, got missing {missing[:3]}, unexpected {extra[:3]}, "
             f"of another shape {wrong[:3]}. Check the settings, or use an intact file."
         )
-    # every disagreement was refused above: what is left out is the fresh head, and projectors that are not used
-    model.load_state_dict({k: published.state.get(k, v) for k, v in own.items()})
+    model.load_state_dict(stored)
 
 
 def load_downstream(
@@ -137,7 +164,7 @@ def load_downstream(
     Args:
         path: File written by the reference or by `export`.
         num_class: Classes K.
-        announce: Where the sizes read and the defaults assumed are reported.
+        announce: Where the sizes read, the defaults assumed and a head that starts anew are reported.
         settings: What the file does not record: `num_head`, `gap`, `alpha`, `modality`.
     Raises:
         ValueError: If the file cannot be read or does not fit exactly.
@@ -148,27 +175,55 @@ def load_downstream(
     model: dste.Downstream | sttr.Downstream = build(**published.inferred, **chosen, num_class=num_class)
     nn.init.normal_(model.fc.weight, std=0.01)
     nn.init.zeros_(model.fc.bias)
-    _load_strictly(model, published, "fc.", ("t_proj.", "s_proj.", "i_proj."))
+    _load_strictly(model, published, unused=PROJECTORS)
+    if HEAD[0] not in published.state:
+        announce(f"{published.path.name}: no head stored, fc of {num_class} classes starts anew")
     return model
 
 
 def load_published_encoder(
-    path: str | os.PathLike[str], *, announce: Callable[[str], None] = print, **settings: Any
+    path: str | os.PathLike[str],
+    *,
+    num_bodies: int | None = None,
+    announce: Callable[[str], None] = print,
+    **settings: Any,
 ) -> tuple[Encoder, ViewSpec]:
     """Build a native encoder of views (N, T, M, V, C) from a published checkpoint, in eval mode, and its view.
 
     Args:
         path: File written by the reference or by `export`.
+        num_bodies: Bodies M that the spatial tokens are shared among; None assumes two, or one of an odd number.
         announce: Where the sizes read and the defaults assumed are reported.
         settings: What the file does not record: `num_head`, `gap`, `alpha`, `modality`.
     Returns:
         The encoder, and the view it expects: whole clips, not normalised again.
+    Raises:
+        ValueError: If the file cannot be read or does not fit exactly, or its tokens cannot be shared among the bodies.
     """
-    model = load_downstream(path, 1, announce=announce, **settings)
-    config = dict(model.backbone.config)
-    encoder = ENCODERS[f"usdrl-{read_published(path).backbone}"](**config)
-    encoder.load_state_dict(model.backbone.state_dict())
-    return encoder.eval(), eval_view(config["num_frames"], model.modality, normalise="none")
+    published = read_published(path)
+    chosen = _settings(published, settings, announce)
+    # the constructor translates the reference's arguments: nothing of this model but its configuration is used
+    with torch.device("meta"):
+        config = MODULES[published.backbone].Downstream(**published.inferred, **chosen).backbone.config
+    tokens = config["num_joints"] * config["num_bodies"]
+    if num_bodies is not None:
+        if num_bodies < 1 or tokens % num_bodies:
+            raise ValueError(
+                f"load: num_bodies must divide the {tokens} spatial tokens of {published.path}, got {num_bodies}. "
+                "Give the bodies it was trained on."
+            )
+        config = {**config, "num_bodies": num_bodies, "num_joints": tokens // num_bodies}
+    origin = "given" if num_bodies is not None else "assumed"
+    announce(f"{published.path.name}: {config['num_joints']} joints of {config['num_bodies']} bodies ({origin})")
+    encoder = ENCODERS[f"usdrl-{published.backbone}"](**config)
+    _load_strictly(encoder, published, unused=(*PROJECTORS, "fc."), prefix="backbone.")
+    return encoder.eval(), eval_view(config["num_frames"], chosen["modality"], normalise="none")
+
+
+def _native_name(key: str) -> str:
+    """Name of a parameter or buffer in a native checkpoint, which stores a shared attention once."""
+    key = key.replace(".DSA.attn.", ".CA.attn.")
+    return f"encoder.{key.removeprefix('backbone.')}" if key.startswith("backbone.") else f"objective.{key}"
 
 
 def _pretraining_model(checkpoint: Checkpoint) -> dste.USDRL | sttr.USDRL:
@@ -199,30 +254,31 @@ def export(
     Args:
         run: Run or checkpoint folder.
         out: File to write; must be new.
-        announce: Where a size that the published scripts hard-code differently is reported.
+        announce: Where a size or rate that the published scripts hard-code differently is reported.
     Raises:
-        ValueError: If the run holds anything the reference cannot express, or `out` exists.
+        ValueError: If the run holds anything the reference cannot express, or `out` exists or has no folder.
     """
     target = Path(out)
     if target.exists():
         raise ValueError(f"export: out must be new, got the existing {target}. Remove it or choose another name.")
+    if not target.parent.is_dir():
+        raise ValueError(f"export: out must be in an existing folder, got {target}. Create {target.parent} first.")
     checkpoint = read_checkpoint(run, optimizer=True)
     model = _pretraining_model(checkpoint)
-    native = {k.removeprefix("objective.").replace("encoder.", "backbone.", 1): v for k, v in checkpoint.model.items()}
-    # the shared attention is stored once, under its first name
-    full = {k: native[k if k in native else k.replace(".DSA.attn.", ".CA.attn.")] for k in model.state_dict()}
-    model.load_state_dict(full)
-    tokens, frames = model.backbone.shape[1] * model.backbone.shape[2], model.backbone.shape[0]
+    model.load_state_dict({key: checkpoint.model[_native_name(key)] for key in model.state_dict()})
+    config = checkpoint.state["encoder"]["config"]
+    tokens, frames = config["num_joints"] * config["num_bodies"], config["num_frames"]
     if tokens not in REFERENCE_TOKENS or frames != REFERENCE_FRAMES:
         announce(
             f"export: {tokens} spatial tokens and {frames} frames; the published scripts hard-code {REFERENCE_TOKENS} and "
             f"{REFERENCE_FRAMES}: change them there, or load the file with fastskel.compat.usdrl"
         )
-    optimizer = torch.optim.Adam(model.parameters()).state_dict()
+    if config.get("drop_path", REFERENCE_DROP_PATH) != REFERENCE_DROP_PATH:
+        announce(f"export: drop_path {config['drop_path']}; the reference always trains with {REFERENCE_DROP_PATH}")
+    optimizer = torch.optim.Adam(model.parameters(), **checkpoint.state["optimizer"]).state_dict()
     for number, (name, _) in enumerate(model.named_parameters()):
-        stored = f"encoder.{name.removeprefix('backbone.')}" if name.startswith("backbone.") else f"objective.{name}"
         kinds = ("step", "exp_avg", "exp_avg_sq")
-        optimizer["state"][number] = {kind: checkpoint.optimizer[f"{stored}/{kind}"] for kind in kinds}
+        optimizer["state"][number] = {kind: checkpoint.optimizer[f"{_native_name(name)}/{kind}"] for kind in kinds}
     state = {f"{PREFIX}{key}": value for key, value in model.state_dict().items()}
     with atomic_write(target) as scratch:
         torch.save({"epoch": checkpoint.state["epoch"], "state_dict": state, "optimizer": optimizer}, scratch)

@@ -47,7 +47,7 @@ class USDRL(PretrainingModel):
         modality: str = "joint", alpha: float = 0.5, gap: int = 4, kernel_size: int = 1,
     ) -> None:  # fmt: skip
         backbone = DSTE(t_input_size, s_input_size, hidden_size, num_head, num_layer, alpha, gap, kernel_size)
-        super().__init__(hidden_size, backbone, modality, init=True)
+        super().__init__(hidden_size, backbone, modality)
 
 
 class Downstream(DownstreamModel):

@@ -39,9 +39,8 @@ class USDRL(PretrainingModel):
         self, t_input_size: int, s_input_size: int, hidden_size: int, num_head: int, num_layer: int,
         modality: str = "joint", alpha: float = 0.5, kernel_size: int = 1, gap: int = 4,
     ) -> None:  # fmt: skip
-        super().__init__(
-            hidden_size, STTR(t_input_size, s_input_size, hidden_size, num_head, num_layer), modality, init=True
-        )
+        backbone = STTR(t_input_size, s_input_size, hidden_size, num_head, num_layer)
+        super().__init__(hidden_size, backbone, modality)
 
 
 class Downstream(DownstreamModel):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastskel.models.backbone import USDRLBackbone, tokens
+from fastskel.models.backbone import tokens
 from fastskel.nn.init import init_usdrl
 from fastskel.objectives.mgfd import projector
 from fastskel.skeleton import Topology, stream, topology
@@ -16,8 +16,6 @@ __all__ = ["DownstreamModel", "PretrainingModel", "sizes"]
 # coordinates per joint in everything the reference trains on
 CHANNELS = 3
 BODIES = 2
-# the reference resizes every clip to this many frames, and its detection head to as many tokens
-FRAMES = 64
 MODALITIES = ("joint", "bone", "motion")
 
 
@@ -59,7 +57,7 @@ def _bones(joints: int) -> tuple[Topology, str]:
 class PretrainingModel(nn.Module):
     """The reference's `USDRL`: backbone and three projectors over four views of clips (N, C, T, V, M)."""
 
-    def __init__(self, hidden_size: int, backbone: USDRLBackbone, modality: str, init: bool) -> None:
+    def __init__(self, hidden_size: int, backbone: nn.Module, modality: str) -> None:
         super().__init__()
         self.modality = check_modality(modality)
         self.d_model = 2 * hidden_size
@@ -67,8 +65,7 @@ class PretrainingModel(nn.Module):
         self.i_proj = projector(self.d_model, self.d_model, 2 * self.d_model)
         self.s_proj = projector(hidden_size, self.d_model, self.d_model)
         self.t_proj = projector(hidden_size, self.d_model, self.d_model)
-        if init:
-            self.apply(init_usdrl)
+        self.apply(init_usdrl)
 
     def modality_generation(self, data_input: Tensor, modality: str = "joint") -> tuple[Tensor, Tensor]:
         """Turn clips (N, C, T, V, M) into tokens (N, T, M*V*C) and (N, M*V, T*C) of one modality."""
@@ -82,7 +79,7 @@ class PretrainingModel(nn.Module):
 
     def sub_forward(self, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Embed one view, (N, C, T, V, M), to z_t and z_s (N, 2H) and z_i (N, 4H)."""
-        y_t, y_s = self.backbone.streams(*self.modality_generation(data, self.modality))
+        y_t, y_s = self.backbone(*self.modality_generation(data, self.modality))
         y_t, y_s = y_t.amax(dim=1), y_s.amax(dim=1)
         return self.t_proj(y_t), self.s_proj(y_s), self.i_proj(torch.cat([y_t, y_s], dim=-1))
 
@@ -98,7 +95,7 @@ class PretrainingModel(nn.Module):
 class DownstreamModel(nn.Module):
     """The reference's `Downstream`: backbone and a linear head over prepared tokens of all three modalities."""
 
-    def __init__(self, hidden_size: int, backbone: USDRLBackbone, num_class: int, modality: str) -> None:
+    def __init__(self, hidden_size: int, backbone: nn.Module, num_class: int, modality: str) -> None:
         super().__init__()
         self.modality = check_modality(modality)
         self.d_model = 2 * hidden_size
@@ -126,16 +123,17 @@ class DownstreamModel(nn.Module):
             mt: Motion tokens, (N, T, M*V*C).
             ms: Motion tokens, (N, M*V, T*C).
             knn_eval: Return the pooled feature instead of scores.
-            detect: Return scores for each of 64 frames.
+            detect: Return scores for each frame.
         Returns:
-            Scores (N, K); features (N, 2H) with `knn_eval`; scores (N, 64, K) with `detect`.
+            Scores (N, K); features (N, 2H) with `knn_eval`; scores (N, T, K) with `detect`.
         """
         pair = {"joint": (jt, js), "bone": (bt, bs), "motion": (mt, ms)}[self.modality]
         if pair[0] is None or pair[1] is None:
             raise ValueError(f"Downstream: {self.modality} tokens must be given, got None. Pass both token sets.")
-        y_t, y_s = self.backbone.streams(pair[0], pair[1])
+        y_t, y_s = self.backbone(*pair)
         if detect:
-            y_s = F.adaptive_avg_pool1d(y_s.transpose(1, 2), FRAMES).transpose(1, 2)
+            # the reference writes 64 here: the frames of all its clips
+            y_s = F.adaptive_avg_pool1d(y_s.transpose(1, 2), y_t.shape[1]).transpose(1, 2)
             return self.fc(torch.cat([y_t, y_s], dim=-1))  # type: ignore[no-any-return]
         y_i = torch.cat([y_t.amax(dim=1), y_s.amax(dim=1)], dim=-1)
         return y_i if knn_eval else self.fc(y_i)

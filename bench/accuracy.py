@@ -1,0 +1,114 @@
+"""Accuracy of a recipe on real data: raw coordinates, untrained and pretrained encoder, over several seeds.
+
+    python -m fastskel.bench.accuracy usdrl-small DATA --train xview --test xview xview-clean --out RESULTS.jsonl
+
+Each seed trains once, on the training part alone, and reads each test part once. The rows and their mean and deviation go
+to the screen and, with device, versions, commit and date, to the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastskel.data.packed import open_dataset
+from fastskel.data.protocols import split
+from fastskel.evaluate import LinearConfig, evaluate_knn, evaluate_linear
+from fastskel.models.encoder import ENCODERS
+from fastskel.recipes import RECIPES
+from fastskel.train import load_encoder, pretrain
+
+# step size and standardisation are chosen on held-out training clips, for every kind of features alike
+PROBE = LinearConfig(learning_rate=None, standardise=None, epochs=100, milestones=(75, 90), batch_size=128)
+CONTENDERS = ("raw coordinates", "untrained encoder", "pretrained encoder")
+
+
+def measure(recipe_name: str, data: Path, seed: int, train: str, tests: list[str], runs: Path) -> list[dict[str, Any]]:
+    """Train one seed and evaluate all contenders on every test protocol; one row for each pair."""
+    dataset = open_dataset(data)
+    recipe = replace(RECIPES[recipe_name](), seed=seed)
+    (stage,) = recipe.stages(dataset)
+    run = runs / f"{recipe_name}-{data.name}-{seed}"
+    started = time.perf_counter()
+    pretrain(
+        stage, dataset, run, indices=split(dataset, train).train, recipe={"name": recipe_name, **asdict(recipe)},
+        resume=(run / "config.json").exists(),
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    encoder, view, _ = load_encoder(run)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        untrained = ENCODERS[stage.encoder](**encoder.config).eval()
+    rows = []
+    for protocol in tests:
+        for name, contender in zip(CONTENDERS, (None, untrained, encoder), strict=True):
+            parts = split(dataset, protocol)
+            shared: dict[str, Any] = dict(protocol=protocol, run=str(run), cache=run / "features", progress=False)
+            knn = evaluate_knn(contender, dataset, parts, view, **shared)
+            linear = evaluate_linear(contender, dataset, parts, view, config=replace(PROBE, seed=seed), **shared)
+            rows.append(
+                {
+                    "case": "accuracy", "data": dataset.source, "protocol": protocol, "features": name, "seed": seed,
+                    "knn_top1": knn["top1"], "linear_top1": linear["top1"],
+                    "linear_lr": linear["config"]["learning_rate"], "standardise": linear["config"]["standardise"],
+                    "num_train": knn["num_train"], "num_test": knn["num_test"],
+                    "recipe": {"name": recipe_name, **asdict(recipe)}, "train_seconds": round(seconds, 1),
+                    "device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+                    "versions": knn["versions"], "commit": knn["commit"], "date": datetime.date.today().isoformat(),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean and deviation over the seeds, in percent, one line per data set, protocol and kind of features."""
+    lines = [f"{'data':<10} {'protocol':<12} {'features':<20} {'1-NN':>14} {'linear':>14}  seeds"]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["data"], row["protocol"], row["features"]), []).append(row)
+    for (data, protocol, features), members in groups.items():
+        cells = []
+        for metric in ("knn_top1", "linear_top1"):
+            values = [100 * member[metric] for member in members]
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):6.1f} +- {deviation:4.1f}")
+        lines.append(f"{data:<10} {protocol:<12} {features:<20} {cells[0]:>14} {cells[1]:>14}  {len(members)}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line, measure, print, append."""
+    parser = argparse.ArgumentParser(prog="python -m fastskel.bench.accuracy", description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", help="name of a recipe")
+    parser.add_argument("data", type=Path, help="packed data set")
+    parser.add_argument("--train", required=True, help="protocol whose training part to train on")
+    parser.add_argument("--test", nargs="+", required=True, help="protocols to evaluate; their training parts must agree")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, help="compute threads")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders go")
+    parser.add_argument("--out", type=Path, help="JSON lines file to append to")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    rows: list[dict[str, Any]] = []
+    for seed in arguments.seeds:
+        new = measure(arguments.recipe, arguments.data, seed, arguments.train, arguments.test, arguments.runs)
+        rows += new
+        if arguments.out:
+            with arguments.out.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in new)
+        print(table(new), flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
