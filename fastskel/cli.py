@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
+from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
-from fastskel.recipes import RECIPES, USDRLRecipe
+if TYPE_CHECKING:
+    from fastskel.data.packed import PackedDataset
+    from fastskel.data.protocols import Split
+    from fastskel.data.views import ViewSpec
+    from fastskel.models.encoder import Encoder
+    from fastskel.recipes import USDRLRecipe
 
 __all__ = ["main"]
 
 PROG = "fastskel"
+ABOUT = f"""usage: {PROG} COMMAND ...
+
+  pack SOURCE SRC DST           raw files into a packed data set
+  info DATA                     what a packed data set holds
+  show DATA CLIP                pictures of one clip
+  pretrain RECIPE DATA          train an encoder
+  evaluate knn|linear RUN DATA  how good its features are
+  export RUN OUT                a checkpoint for the reference's scripts
+  demo                          all of it, on synthetic motion
+
+{PROG} COMMAND --help says more, {PROG} --version which one this is."""
+
+Command = Callable[..., None]
+Src = Annotated[Positional[Path], arg(metavar="SRC")]
+Dst = Annotated[Positional[Path], arg(metavar="DST")]
+Data = Annotated[Positional[Path], arg(metavar="DATA")]
+Clip = Annotated[Positional[str], arg(metavar="CLIP")]
+Run = Annotated[Positional[Path], arg(metavar="RUN")]
+Out = Annotated[Positional[Path], arg(metavar="OUT")]
 
 
-def _pack_command(source: str) -> Callable[..., None]:
-    def pack(src: Positional[Path], dst: Positional[Path], quiet: bool = False) -> None:
+def _pack_command(source: str) -> Command:
+    def pack(src: Src, dst: Dst, quiet: bool = False) -> None:
         from fastskel.data.pack import pack_source
 
         print(pack_source(source, src, dst, progress=not quiet))
@@ -34,7 +59,7 @@ def _pack_command(source: str) -> Callable[..., None]:
     return pack
 
 
-def info(data: Positional[Path], verify: bool = False) -> None:
+def info(data: Data, verify: bool = False) -> None:
     """Describe a packed data set.
 
     Args:
@@ -46,7 +71,7 @@ def info(data: Positional[Path], verify: bool = False) -> None:
     print(describe(data, verify=verify))
 
 
-def show(data: Positional[Path], clip: Positional[str], out: Path = Path()) -> None:
+def show(data: Data, clip: Clip, out: Path = Path()) -> None:
     """Draw one clip: a strip of poses as PNG and the moving skeleton as GIF.
 
     Args:
@@ -63,12 +88,22 @@ def show(data: Positional[Path], clip: Positional[str], out: Path = Path()) -> N
         print(path)
 
 
-def _pretrain_command(name: str) -> Callable[..., None]:
-    defaults = RECIPES[name]()
+def _parts(dataset: PackedDataset, protocol: str | None, split_file: Path | None) -> tuple[str, Split] | None:
+    """Name and clips of the split that was asked for, if one was."""
+    from fastskel.data.protocols import split
+
+    if protocol is not None and split_file is not None:
+        raise ValueError(f"{PROG}: protocol or split_file must be given, got both. Leave one out.")
+    if protocol is not None:
+        return protocol, split(dataset, protocol)
+    return (split_file.stem, split(dataset, "", split_file)) if split_file is not None else None
+
+
+def _pretrain_command(name: str, make_recipe: Callable[[], USDRLRecipe]) -> Command:
+    defaults = make_recipe()
 
     def pretrain(
-        data: Positional[Path],
-        recipe: USDRLRecipe = defaults,
+        data: Data,
         out: Path | None = None,
         protocol: str | None = None,
         split_file: Path | None = None,
@@ -77,48 +112,71 @@ def _pretrain_command(name: str) -> Callable[..., None]:
         threads: int | None = None,
         tensorboard: bool = False,
         quiet: bool = False,
+        recipe: USDRLRecipe = defaults,
     ) -> None:
         import torch
 
         from fastskel.data.packed import open_dataset
-        from fastskel.data.protocols import split
         from fastskel.train import pretrain as train
 
         if threads is not None:
             torch.set_num_threads(threads)
         dataset = open_dataset(data)
-        indices = None
-        if protocol is not None or split_file is not None:
-            indices = split(dataset, protocol or "user", split_file).train
+        parts = _parts(dataset, protocol, split_file)
         stages = recipe.stages(dataset)
         if len(stages) != 1:
             raise ValueError(f"pretrain: recipe {name} must have one stage, got {len(stages)}. Several come later.")
-        folder = out or Path("runs") / f"{name}-{data.name}-{recipe.seed}"
+        folder = out or Path("runs") / f"{name}-{data.resolve().name}-{recipe.seed}"
         checkpoint = train(
-            stages[0], dataset, folder, indices=indices, recipe={"name": name, **asdict(recipe)}, resume=resume,
-            device=device, tensorboard=tensorboard, progress=not quiet,
+            stages[0], dataset, folder, indices=None if parts is None else parts[1].train,
+            recipe={"name": name, "protocol": None if parts is None else parts[0], **asdict(recipe)},
+            resume=resume, device=device, tensorboard=tensorboard, progress=not quiet,
         )  # fmt: skip
         print(f"trained {stages[0].epochs} epochs; the run is {folder}, its last checkpoint {checkpoint}")
 
-    summary = (RECIPES[name].__doc__ or "").splitlines()[0]
-    pretrain.__doc__ = f"""{summary}
+    # tyro reads the recipe's own settings off this annotation
+    pretrain.__annotations__["recipe"] = type(defaults)
+    pretrain.__doc__ = f"""{(make_recipe.__doc__ or name).splitlines()[0]}
 
     Args:
         data: Packed data set.
-        recipe: Settings of the recipe.
-        out: Run folder to create, or to resume; runs/RECIPE-DATA-SEED by default.
-        protocol: Train on the training part of this protocol only.
-        split_file: Train on the training part of this file only.
-        resume: Go on from the newest checkpoint of the run, bit for bit.
+        out: Run folder to create, or to resume; by default runs/{name}-DATA-SEED.
+        protocol: Train on the training part of this protocol; by default on all clips.
+        split_file: Train on the training part of this JSON file of clip names or numbers under train and test.
+        resume: Go on from the newest checkpoint of the run, bit for bit; all other settings must be the run's.
         device: cpu, cuda, or auto for a GPU where there is one.
-        threads: Compute threads of the CPU.
+        threads: Threads that compute on the CPU; by default as many as it has cores.
         tensorboard: Log to TensorBoard too; the JSON log is always written.
         quiet: Show no progress bar.
+        recipe: Settings of the recipe {name}.
     """
     return pretrain
 
 
-def _encoder(run: Path) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What every evaluation asks for.
+
+    Attributes:
+        protocol: Protocol of the data set, such as xsub; this or split_file is needed.
+        split_file: JSON file of clip names or numbers under train and test.
+        out: Folder for the results; by default one inside the run, or beside a published file.
+        device: cpu, cuda, or auto for a GPU where there is one.
+        precision: Compute type of the encoder.
+        normalise: Normalise clips otherwise than the run did; published files do not say how, none is assumed.
+        quiet: Show no progress bar.
+    """
+
+    protocol: str | None = None
+    split_file: Path | None = None
+    out: Path | None = None
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    normalise: Literal["none", "center", "center-first", "align", "align-yaw"] | None = None
+    quiet: bool = False
+
+
+def _encoder(run: Path) -> tuple[Encoder, ViewSpec]:
     if run.is_file():
         from fastskel.compat.usdrl.checkpoint import load_published_encoder
 
@@ -129,78 +187,73 @@ def _encoder(run: Path) -> tuple[Any, Any]:
     return encoder, view
 
 
-def _evaluate_command(task: Literal["knn", "linear"]) -> Callable[..., None]:
-    def evaluate(
-        run: Positional[Path],
-        data: Positional[Path],
-        protocol: str | None = None,
-        split_file: Path | None = None,
-        out: Path | None = None,
-        device: str = "auto",
-        precision: Literal["fp32", "bf16"] = "fp32",
-        normalise: str | None = None,
-        k: int = 1,
-        learning_rate: float | None = None,
-        epochs: int = 160,
-        seed: int = 0,
-        quiet: bool = False,
-    ) -> None:
-        import torch
+def _evaluate(task: str, run: Path, data: Path, options: EvaluateOptions, **settings: Any) -> None:
+    from fastskel.data.packed import open_dataset
+    from fastskel.data.protocols import protocols
+    from fastskel.evaluate import evaluate_knn, evaluate_linear
+    from fastskel.train import choose_device
 
-        from fastskel.data.packed import open_dataset
-        from fastskel.data.protocols import protocols, split
-        from fastskel.evaluate import LinearConfig, evaluate_knn, evaluate_linear
+    dataset = open_dataset(data)
+    parts = _parts(dataset, options.protocol, options.split_file)
+    if parts is None:
+        known = ", ".join(protocols(dataset)) or "none"
+        raise ValueError(f"evaluate: protocol or split_file must be given, got neither. Protocols of {data}: {known}.")
+    encoder, view = _encoder(run)
+    if options.normalise is not None:
+        view = replace(view, normalise=options.normalise)
+    # a published file and a checkpoint are left as they are: results go beside the one, into the run of the other
+    base = run
+    if run.is_file():
+        base = run.with_name(f"{run.name}-results")
+    elif run.resolve().parent.name == "checkpoints":
+        base = run.resolve().parents[1] / f"{run.resolve().name}-results"
+    folder = options.out or base / f"{task}-{parts[0]}-{data.resolve().name}"
+    result = (evaluate_knn if task == "knn" else evaluate_linear)(
+        encoder, dataset, parts[1], view, folder, protocol=parts[0], run=str(run), cache=base / "features",
+        device=choose_device(options.device), precision=options.precision, progress=not options.quiet, **settings,
+    )  # fmt: skip
+    row = "  ".join(f"{name} {100 * result[name]:.1f} %" for name in ("top1", "top5", "mean_class"))
+    print(f"{row}   ({result['num_train']} train, {result['num_test']} test clips; {folder})")
 
-        dataset = open_dataset(data)
-        if protocol is None and split_file is None:
-            raise ValueError(
-                f"evaluate: protocol or split_file must be given, got neither. {data} has {protocols(dataset)}."
-            )
-        parts = split(dataset, protocol or "user", split_file)
-        encoder, view = _encoder(run)
-        view = view if normalise is None else replace(view, normalise=normalise)
-        base = run.parent if run.is_file() else run
-        folder = out or base / f"{task}-{protocol or 'user'}-{data.name}"
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        shared: dict[str, Any] = dict(
-            protocol=protocol or str(split_file), run=str(run), device=device, cache=base / "features",
-            precision=precision, progress=not quiet,
-        )  # fmt: skip
-        if task == "knn":
-            result = evaluate_knn(encoder, dataset, parts, view, folder, k=k, **shared)
-        else:
-            config = LinearConfig(
-                learning_rate=learning_rate, standardise=None if learning_rate is None else False, epochs=epochs, seed=seed
-            )
-            result = evaluate_linear(encoder, dataset, parts, view, folder, config=config, **shared)
-        row = "  ".join(f"{name} {100 * result[name]:.1f} %" for name in ("top1", "top5", "mean_class"))
-        print(f"{row}   ({result['num_train']} train, {result['num_test']} test clips; {folder})")
 
-    about = {"knn": "Classify test clips by their nearest training clips.",
-             "linear": "Train a linear layer on frozen features and classify the test clips."}[task]  # fmt: skip
-    evaluate.__doc__ = f"""{about}
+def knn(run: Run, data: Data, k: int = 1, common: EvaluateOptions = EvaluateOptions()) -> None:
+    """Classify test clips by their nearest training clips.
 
     Args:
-        run: Run folder, native checkpoint folder, or published `.pth.tar`.
+        run: Run folder, native checkpoint folder, or published .pth.tar.
         data: Packed data set.
-        protocol: Protocol of the data set, such as xsub.
-        split_file: The user's own split instead.
-        out: Folder for the results; a folder inside the run by default.
-        device: cpu, cuda, or auto for a GPU where there is one.
-        precision: Compute type of the encoder.
-        normalise: Normalise clips otherwise than the run did; for published checkpoints.
-        k: Neighbours that vote (knn).
-        learning_rate: Of the probe (linear), on features as they are, the reference's way; by default it and
-            standardisation are chosen on held-out training clips.
-        epochs: Of the probe (linear).
-        seed: Of the probe (linear).
-        quiet: Show no progress bar.
+        k: Neighbours that vote.
+        common: What every evaluation takes.
     """
-    return evaluate
+    _evaluate("knn", run, data, common, k=k)
 
 
-def export(run: Positional[Path], out: Positional[Path], to: Literal["usdrl"] = "usdrl") -> None:
+def linear(
+    run: Run,
+    data: Data,
+    learning_rate: float | None = None,
+    epochs: int = 160,
+    seed: int = 0,
+    common: EvaluateOptions = EvaluateOptions(),
+) -> None:
+    """Train a linear layer on frozen features and classify the test clips.
+
+    Args:
+        run: Run folder, native checkpoint folder, or published .pth.tar.
+        data: Packed data set.
+        learning_rate: Step size on features as they are; by default it and standardisation are chosen on held-out clips.
+        epochs: Passes over the training features.
+        seed: Key of the probe's start and of its order.
+        common: What every evaluation takes.
+    """
+    from fastskel.evaluate import LinearConfig
+
+    standardise = None if learning_rate is None else False
+    config = LinearConfig(learning_rate=learning_rate, standardise=standardise, epochs=epochs, seed=seed)
+    _evaluate("linear", run, data, common, config=config)
+
+
+def export(run: Run, out: Out, to: Literal["usdrl"] = "usdrl") -> None:
     """Write a run's weights and optimiser as a checkpoint of another system.
 
     Args:
@@ -226,60 +279,95 @@ def demo(out: Path = Path("demo-run"), seed: int = 0, quick: bool = False) -> No
     run_demo(out, seed=seed, quick=quick)
 
 
-def _commands() -> dict[str, Callable[..., None] | dict[str, Callable[..., None]]]:
+def _pack_commands() -> dict[str, Command]:
     from fastskel.data.formats import FORMATS
 
-    return {
-        "pack": {name: _pack_command(name) for name in FORMATS},
-        "info": info,
-        "show": show,
-        "pretrain": {name: _pretrain_command(name) for name in RECIPES},
-        "evaluate": {"knn": _evaluate_command("knn"), "linear": _evaluate_command("linear")},
-        "export": export,
-        "demo": demo,
-    }
+    return {name: _pack_command(name) for name in FORMATS}
 
 
-ABOUT = {
-    "pack": "pack SOURCE SRC DST           raw files into a packed data set",
-    "info": "info DATA                     what a packed data set holds",
-    "show": "show DATA CLIP                pictures of one clip",
-    "pretrain": "pretrain RECIPE DATA          train an encoder",
-    "evaluate": "evaluate knn|linear RUN DATA  how good its features are",
-    "export": "export RUN OUT --to usdrl     a checkpoint for the reference's scripts",
-    "demo": "demo                          all of it, on synthetic motion",
+def _pretrain_commands() -> dict[str, Command]:
+    from fastskel.recipes import RECIPES
+
+    return {name: _pretrain_command(name, RECIPES[name]) for name in RECIPES}
+
+
+# a command, or what its first argument chooses from: name of that argument, and the choices, imported when asked for
+COMMANDS: Mapping[str, Command | tuple[str, Callable[[], dict[str, Command]]]] = {
+    "pack": ("SOURCE", _pack_commands),
+    "info": info,
+    "show": show,
+    "pretrain": ("RECIPE", _pretrain_commands),
+    "evaluate": ("TASK", lambda: {"knn": knn, "linear": linear}),
+    "export": export,
+    "demo": demo,
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; errors that a user can mend are one line on standard error and exit code 2."""
-    from fastskel.train import TrainingStopped
+def _choose(prog: str, kind: str, choices: Mapping[str, Any], given: str | None) -> Any:
+    if given is not None and given in choices:
+        return choices[given]
+    near = difflib.get_close_matches(given or "", choices, n=3)
+    advice = f"Did you mean {' or '.join(near)}?" if near else f"See {prog} --help."
+    raise ValueError(
+        f"{prog}: {kind} must be one of {', '.join(choices)}, got {'none' if given is None else repr(given)}. {advice}"
+    )
 
+
+def _overview(prog: str, kind: str, choices: Mapping[str, Command]) -> str:
+    width = max(map(len, choices))
+    lines = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in choices.items()]
+    return "\n".join([f"usage: {prog} {kind} ...", "", *lines, "", f"{prog} {kind} --help says more."])
+
+
+def _run(arguments: Sequence[str]) -> None:
+    """Find the command that the first one or two arguments name, and run it with the rest."""
+    prog, rest = f"{PROG} {arguments[0]}", list(arguments[1:])
+    command = _choose(PROG, "COMMAND", COMMANDS, arguments[0])
+    if isinstance(command, tuple):
+        kind, choices = command[0], command[1]()
+        if rest and rest[0] in ("-h", "--help"):
+            print(_overview(prog, kind, choices))
+            return
+        command = _choose(prog, kind, choices, rest[0] if rest else None)
+        prog, rest = f"{prog} {rest[0]}", rest[1:]
+    # flags without a --no- twin, options without a spelt None
+    config = (OmitArgPrefixes, FlagCreatePairsOff, DisallowNone)
+    tyro.cli(command, prog=prog, args=rest, config=config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0; 2 after an error that a user can mend, in one line on standard error; 3 if a training stopped; 130 after
+        Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = _commands()
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("\n".join(["usage: fastskel COMMAND ...", "", *(f"  {line}" for line in ABOUT.values())]))
-        print("\nfastskel COMMAND --help says more.")
+        print(ABOUT, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(PROG, version(PROG))
+        return 0
     try:
-        name, rest = arguments[0], arguments[1:]
-        if name not in commands:
-            raise ValueError(
-                f"{PROG}: command must be one of {', '.join(commands)}, got {name!r}. See fastskel --help."
-            )
-        command = commands[name]
-        config = (OmitArgPrefixes, OmitSubcommandPrefixes)
-        if isinstance(command, dict):
-            tyro.extras.subcommand_cli_from_dict(command, prog=f"{PROG} {name}", args=rest, config=config)
-        else:
-            tyro.cli(command, prog=f"{PROG} {name}", args=rest, config=config)
+        _run(arguments)
+    except SystemExit as asked:
+        # tyro has printed its help, or what is wrong with the options
+        return int(asked.code or 0)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # one line, whatever a library's message holds
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
-    except TrainingStopped as error:
+    except RuntimeError as error:
+        from fastskel.train import TrainingStopped
+
+        if not isinstance(error, TrainingStopped):
+            raise
         print(f"stopped: {error}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; a training goes on with --resume", file=sys.stderr)
         return 130
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import shutil
@@ -113,7 +114,7 @@ def test_help_of_recipes_is_complete(capsys, recipe) -> None:
     blocks = {}
     for block in re.split(r"^\W*(?=--)", text, flags=re.MULTILINE)[1:]:
         blocks[block.split()[0]] = " ".join(re.sub(r"[│╭╰─╮╯]", " ", block).split())
-    documented = dict(re.findall(r"^ {8}(\w+): (.+?)$", USDRLRecipe.__doc__ or "", re.MULTILINE))
+    documented = dict(re.findall(r"^ {4}(\w+): (.+?)$", inspect.getdoc(USDRLRecipe) or "", re.MULTILINE))
     for field in dataclasses.fields(USDRLRecipe):
         said = blocks[f"--{field.name.replace('_', '-')}"]
         value = getattr(defaults, field.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastskel.data.packed import PackedDataset
@@ -123,10 +123,18 @@ def usdrl_dste_journal() -> USDRLRecipe:
 
 @RECIPES.register("usdrl-small")
 def usdrl_small() -> USDRLRecipe:
-    """A small DSTE for sets of about a thousand clips, minutes on two cores."""
+    """A small DSTE for sets of about a thousand clips seen from several sides; minutes on two cores."""
+    # batches of 32 instead of 128: what helped most on held-out subjects was more steps at the same cost
     return USDRLRecipe(
-        width=128, normalise="center", epochs=42, batch_size=128, milestones=(33,), precision="fp32", log_steps=1
-    )
+        width=128, frames=32, normalise="center-first", crop_low=0.4, crop_min_frames=16, epochs=60, batch_size=32,
+        lr=1e-3, milestones=(48,), warmup_steps=20,
+    )  # fmt: skip
+
+
+@RECIPES.register("usdrl-small-mild")
+def usdrl_small_mild() -> USDRLRecipe:
+    """The same with mild augmentation, for sets in which everybody faces the camera alike."""
+    return replace(usdrl_small(), crop_low=0.7, corruption=0.3, shear=0.3)
 
 
 @RECIPES.register("usdrl-demo")

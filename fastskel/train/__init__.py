@@ -1,7 +1,18 @@
 """Pretraining: the loop, its checkpoints and its run folder."""
 
 from fastskel.train.checkpoint import Checkpoint, load_encoder, read_checkpoint
-from fastskel.train.pretrain import TrainingStopped, pretrain
+from fastskel.train.device import choose_device
+from fastskel.train.pretrain import Monitor, TrainingStopped, pretrain
 from fastskel.train.stage import Recipe, Stage
 
-__all__ = ["Checkpoint", "Recipe", "Stage", "TrainingStopped", "load_encoder", "pretrain", "read_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Monitor",
+    "Recipe",
+    "Stage",
+    "TrainingStopped",
+    "choose_device",
+    "load_encoder",
+    "pretrain",
+    "read_checkpoint",
+]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +19,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastskel.atomic import atomic_write
+from fastskel.atomic import atomic_folder, atomic_write
 from fastskel.data.batch import Batch
 from fastskel.data.loader import Loader
 from fastskel.data.packed import PackedDataset
 from fastskel.models.encoder import ENCODERS, Encoder
 from fastskel.objectives.objective import OBJECTIVES, Objective, Terms
-from fastskel.train.checkpoint import load_weights, newest, prune, read_checkpoint, save_checkpoint, weights
-from fastskel.train.runlog import RunLog, provenance
+from fastskel.provenance import provenance
+from fastskel.train.checkpoint import (
+    Checkpoint,
+    load_weights,
+    newest,
+    prune,
+    read_checkpoint,
+    save_checkpoint,
+    weights,
+)
+from fastskel.train.device import choose_device
+from fastskel.train.runlog import RunLog
 from fastskel.train.stage import Stage, describe
 
 __all__ = ["Monitor", "TrainingStopped", "pretrain"]
@@ -33,8 +46,10 @@ CONFIG_FILE = "config.json"
 KEPT_CHECKPOINTS = 2
 # below this mean deviation over the batch all embeddings are one point: nothing is left to learn from
 COLLAPSED_DEVIATION = 1e-5
+# settings that change neither weights nor log records of a step: a resumed run may have others
+FREE_SETTINGS = ("num_threads", "checkpoint_steps", "log_steps", "name")
 
-# called at the end of each epoch with (encoder, epoch); returns named figures for the log
+# called at the end of each epoch with (encoder in eval mode, epoch); returns named figures for the log
 Monitor = Callable[[Encoder, int], Mapping[str, float]]
 
 
@@ -54,6 +69,10 @@ class _Run:
     step: int = 0
 
     @property
+    def total_steps(self) -> int:
+        return self.stage.epochs * len(self.loader)
+
+    @property
     def modules(self) -> dict[str, torch.nn.Module]:
         return {"encoder": self.encoder, "objective": self.objective}
 
@@ -67,23 +86,49 @@ class _Run:
             f"{n}/{kind}": v for i, n in enumerate(self.parameter_names()) if i in state for kind, v in state[i].items()
         }
 
-    def load_optimizer(self, tensors: Mapping[str, Tensor], source: Path) -> None:
-        names = self.parameter_names()
+    def load(self, checkpoint: Checkpoint) -> None:
+        names = {name: number for number, name in enumerate(self.parameter_names())}
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
+        for key, value in checkpoint.optimizer.items():
             name, kind = key.rsplit("/", 1)
             if name not in names:
                 raise ValueError(
-                    f"pretrain: {source} must hold the optimiser of this model, got {name!r}. Use its own config."
+                    f"pretrain: {checkpoint.path} must hold the optimiser of this model, got {name!r}. Use its own config."
                 )
-            state.setdefault(names.index(name), {})[kind] = value
+            state.setdefault(names[name], {})[kind] = value
+        load_weights(self.modules, checkpoint.model, checkpoint.path)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.loader.load_state_dict(checkpoint.state["loader"])
+        self.step = checkpoint.state["step"]
+
+    def save(self, folder: Path) -> Path:
+        # of the next step: the loader's own epoch turns only when it is asked for the next batch
+        stage, position = self.stage, self.loader.state_dict()
+        lr = stage.lr_at(position["epoch"], self.step)
+        if not all(bool(value.isfinite().all()) for value in weights(self.modules).values()):
+            raise TrainingStopped(
+                f"pretrain: weights must stay finite, got others after step {self.step - 1}; they were not saved. "
+                + _advice(lr)
+            )
+        state = {
+            "encoder": {"name": stage.encoder, "config": self.encoder.config},
+            "objective": {"name": stage.objective, "options": stage.objective_options},
+            "optimizer": {"lr": lr, "weight_decay": stage.weight_decay},
+            "eval_view": stage.eval_view,
+            "topology": self.loader.dataset.topology.name,
+            "loader": position,
+            "epoch": position["epoch"],
+            "total_steps": self.total_steps,
+        }
+        path = save_checkpoint(folder / "checkpoints", self.step, self.modules, state, self.optimizer_tensors())
+        prune(folder, KEPT_CHECKPOINTS)
+        return path
 
 
 def _build(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | None, device: torch.device) -> _Run:
-    # initialisation is the only use of torch's generator
+    # initialisation is the only use of torch's generator; the host's alone, modules move to the device afterwards
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stage.seed)
+        torch.default_generator.manual_seed(stage.seed)
         encoder = ENCODERS[stage.encoder](**stage.encoder_options)
         build: Any = OBJECTIVES[stage.objective]
         objective: Objective = build(encoder, stage.views, **stage.objective_options)
@@ -117,52 +162,119 @@ def _figures(terms: Terms, embeddings: Mapping[str, Tensor]) -> dict[str, float]
     return dict(zip(named, torch.stack([value.float() for value in named.values()]).tolist(), strict=True))
 
 
-def _check(figures: Mapping[str, float], step: int, lr: float) -> None:
-    if not math.isfinite(figures["loss"]):
-        bad = [name for name, value in figures.items() if not math.isfinite(value)]
-        raise TrainingStopped(
-            f"pretrain: the loss must stay finite, got {figures['loss']} at step {step} (not finite: {', '.join(bad)}). "
-            f"Lower lr (now {lr:g}), train in fp32, or enlarge the batch; the last checkpoint is from before."
-        )
+def _advice(lr: float) -> str:
+    return (
+        f"Start a new run with a lower lr (now {lr:g}), in fp32, or with a larger batch; "
+        "the run's checkpoints are from before."
+    )
+
+
+def _check(figures: Mapping[str, float], run: _Run, batch: Batch, lr: float) -> None:
+    # first: cross-correlations of equal embeddings divide by their deviation, so a collapse may show as NaN
     if figures["embedding_std"] < COLLAPSED_DEVIATION:
         raise TrainingStopped(
             f"pretrain: embeddings must differ between samples, got mean deviation {figures['embedding_std']:.2g} at step "
-            f"{step}: collapsed. Lower lr (now {lr:g}), enlarge the batch, or raise the variance and covariance terms."
+            f"{run.step}: collapsed. Check that the clips differ; start a new run with a lower lr (now {lr:g}) or a larger "
+            "batch."
+        )
+    if not math.isfinite(figures["loss"]):
+        spoilt = ~torch.stack([view.clips.isfinite().flatten(1).all(1) for view in batch.views]).all(0)
+        names = run.loader.dataset.names[batch.index[spoilt.cpu()].numpy()].tolist()
+        bad = [name for name, value in figures.items() if not math.isfinite(value)]
+        raise TrainingStopped(
+            f"pretrain: the loss must stay finite, got {figures['loss']} at step {run.step} (not finite: {', '.join(bad)}). "
+            + (f"The clips {names[:3]} hold NaN or infinity: pack the data anew." if names else _advice(lr))
         )
 
 
 def _identity(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | None) -> dict[str, Any]:
     """Everything a resumed run must share with the killed one; the rest may change."""
-    free = ("num_threads", "checkpoint_steps", "log_steps")
-    chosen = None if indices is None else [int(i) for i in indices]
-    kept = {k: v for k, v in describe(stage).items() if k not in free}
-    return {"stage": kept, "data": dataset.meta["checksums"], "indices": chosen}
+    chosen = None
+    if indices is not None:
+        # their order counts: it is what an epoch's permutation permutes
+        ordered = np.ascontiguousarray(indices, dtype="<i8")
+        chosen = {"num": len(ordered), "sha256": hashlib.sha256(ordered.tobytes()).hexdigest()}
+    kept = {k: v for k, v in describe(stage).items() if k not in FREE_SETTINGS}
+    # through JSON, as what it is compared with
+    identity: dict[str, Any] = json.loads(
+        json.dumps({"stage": kept, "data": dataset.meta["checksums"], "indices": chosen})
+    )
+    return identity
 
 
-def _open_run(out: Path, identity: Mapping[str, Any], recipe: Mapping[str, Any], resume: bool) -> None:
-    path = out / CONFIG_FILE
-    identity = json.loads(json.dumps(identity))
-    if path.exists() and not resume:
+def _create_folder(folder: Path, config: Mapping[str, Any]) -> None:
+    if folder.exists():
+        resumable = (folder / CONFIG_FILE).exists()
+        actual = "the folder of another run" if resumable else "something that is there"
+        advice = "Resume it, or choose another folder" if resumable else "Choose another folder"
+        raise ValueError(f"pretrain: {folder} must be new, got {actual}. {advice}.")
+    # with its config or not at all: a run killed at any time can be resumed or begun again
+    with atomic_folder(folder) as scratch:
+        (scratch / "checkpoints").mkdir()
+        (scratch / CONFIG_FILE).write_text(json.dumps(config, indent=1))
+
+
+def _resumable_config(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.exists():
         raise ValueError(
-            f"pretrain: {out} must be new, got the folder of another run. Resume it, or choose another folder."
+            f"pretrain: {folder} must hold a run to resume, got no {CONFIG_FILE}. Start it without resuming."
         )
-    if resume:
-        if not path.exists():
-            raise ValueError(
-                f"pretrain: {out} must hold a run to resume, got no {CONFIG_FILE}. Start it without resuming."
-            )
-        before = json.loads(path.read_text())["identity"]
-        changed = sorted(k for k in before["stage"] if before["stage"][k] != identity["stage"].get(k))
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+        before, stage = config["identity"], identity["stage"]
+        changed = sorted(k for k, v in before["stage"].items() if k not in FREE_SETTINGS and v != stage.get(k))
         changed += [k for k in ("data", "indices") if before[k] != identity[k]]
-        if changed:
-            raise ValueError(
-                f"pretrain: a resumed run must keep its configuration and data, got other {', '.join(changed)} than in {path}. "
-                "Give the run's own settings, or start a new run."
-            )
-        return
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as scratch:
-        scratch.write_text(json.dumps({"recipe": recipe, "identity": identity, **provenance()}, indent=1))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"pretrain: {path} must be the record of a run, got one that cannot be read ({error!r}). Start a new run."
+        ) from error
+    if changed:
+        raise ValueError(
+            f"pretrain: a resumed run must keep its configuration and data, got other {', '.join(changed)} than in {path}. "
+            "Give the run's own settings, or start a new run."
+        )
+    return config
+
+
+def _monitored(run: _Run, monitors: Sequence[Monitor], epoch: int) -> dict[str, float]:
+    if not monitors:
+        return {}
+    encoder = run.objective.downstream_encoder(run.encoder)
+    training = encoder.training
+    encoder.eval()
+    figures = {name: value for monitor in monitors for name, value in monitor(encoder, epoch).items()}
+    encoder.train(training)
+    return figures
+
+
+def _train(run: _Run, folder: Path, device: torch.device, monitors: Sequence[Monitor], log: RunLog, bar: Any) -> Path:
+    stage, total, first, started = run.stage, run.total_steps, run.step, time.perf_counter()
+    every = stage.checkpoint_steps or len(run.loader)
+    while True:
+        epoch = run.loader.epoch
+        # told again where a run resumes within an epoch: what it does depends on the epoch alone
+        run.objective.epoch_start(epoch)
+        for batch in run.loader:
+            terms, embeddings = _train_step(run, batch, device, run.step / total)
+            if run.step % stage.log_steps == 0 or run.step + 1 == total:
+                figures, lr = _figures(terms, embeddings), stage.lr_at(epoch, run.step)
+                _check(figures, run, batch, lr)
+                rate = stage.batch_size * (run.step - first + 1) / (time.perf_counter() - started)
+                log.write({"step": run.step, "epoch": epoch, "lr": lr, "samples_per_s": round(rate, 2), **figures})
+                bar.set_postfix(loss=f"{figures['loss']:.3f}", samples_per_s=f"{rate:.0f}", refresh=False)
+            run.optimizer.step()
+            run.objective.after_step()
+            run.step += 1
+            bar.update()
+            # before the checkpoint: a run that resumes after it does not come back to read this epoch
+            if run.step % len(run.loader) == 0 and (read := _monitored(run, monitors, epoch)):
+                log.write({"step": run.step - 1, "epoch": epoch, **read})
+            if run.step % every == 0 or run.step == total:
+                log.sync()
+                checkpoint = run.save(folder)
+            if run.step == total:
+                return checkpoint
 
 
 def pretrain(
@@ -203,73 +315,36 @@ def pretrain(
         raise ValueError(
             "pretrain: WORLD_SIZE must be 1, got more. Training on several devices is not implemented yet."
         )
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    run, folder = _build(stage, dataset, indices, place), Path(out)
-    total = stage.epochs * len(run.loader)
-    _open_run(folder, _identity(stage, dataset, indices), describe(recipe or {}), resume)
-    if resume and (last := newest(folder)) is not None:
-        checkpoint = read_checkpoint(last, optimizer=True)
-        load_weights(run.modules, checkpoint.model, checkpoint.path)
-        run.load_optimizer(checkpoint.optimizer, checkpoint.path)
-        run.loader.load_state_dict(checkpoint.state["loader"])
-        run.step = checkpoint.state["step"]
-    log = RunLog(folder, run.step, tensorboard)
-
-    def save() -> Path:
-        if not all(bool(value.isfinite().all()) for value in weights(run.modules).values()):
-            raise TrainingStopped(
-                f"pretrain: weights must stay finite, got others after step {run.step - 1}; nothing was saved. "
-                f"Lower lr (now {stage.lr_at(run.loader.epoch, run.step):g}) and resume from the last checkpoint."
-            )
-        log.sync()
-        state = {
-            "encoder": {"name": stage.encoder, "config": run.encoder.config},
-            "objective": {"name": stage.objective, "options": stage.objective_options},
-            "eval_view": stage.eval_view,
-            "topology": dataset.topology.name,
-            "loader": run.loader.state_dict(),
-            "epoch": run.loader.epoch,
-            "total_steps": total,
-        }
-        path = save_checkpoint(folder / "checkpoints", run.step, run.modules, state, run.optimizer_tensors())
-        prune(folder, KEPT_CHECKPOINTS)
-        return path
-
-    bar = tqdm(total=total, initial=run.step, desc=stage.name, unit="step", disable=not progress, dynamic_ncols=True)
-    started, first = time.perf_counter(), run.step
+    place, folder = choose_device(device), Path(out)
+    run = _build(stage, dataset, indices, place)
+    identity = _identity(stage, dataset, indices)
+    if resume:
+        config = _resumable_config(folder, identity)
+        if (last := newest(folder)) is not None:
+            try:
+                run.load(read_checkpoint(last, optimizer=True))
+            except ValueError as error:
+                raise ValueError(f"{error} Remove {last} to go on from the checkpoint before it.") from error
+            if run.step == run.total_steps:
+                return last
+        # the run may go on with other versions than it began with: equal bits are promised for equal versions
+        config.setdefault("resumed", []).append({"step": run.step, **provenance()})
+        with atomic_write(folder / CONFIG_FILE) as scratch:
+            scratch.write_text(json.dumps(config, indent=1))
+    else:
+        origin = {"data": str(dataset.path), "device": str(place), **provenance()}
+        _create_folder(folder, {"recipe": describe(recipe or {}), **origin, "identity": identity})
     try:
-        while run.step < total:
-            epoch = run.loader.epoch
-            run.objective.epoch_start(epoch)
-            for batch in run.loader:
-                terms, embeddings = _train_step(run, batch, place, run.step / total)
-                if run.step % stage.log_steps == 0 or run.step + 1 == total:
-                    figures = _figures(terms, embeddings)
-                    lr = stage.lr_at(epoch, run.step)
-                    _check(figures, run.step, lr)
-                    now = time.perf_counter()
-                    rate = stage.batch_size * (run.step - first + 1) / (now - started)
-                    log.write({"step": run.step, "epoch": epoch, "lr": lr, "samples_per_s": round(rate, 2), **figures})
-                    bar.set_postfix(loss=f"{figures['loss']:.3f}", samples_per_s=f"{rate:.0f}", refresh=False)
-                run.optimizer.step()
-                run.objective.after_step()
-                run.step += 1
-                bar.update()
-                if stage.checkpoint_steps and run.step % stage.checkpoint_steps == 0 and run.step < total:
-                    save()
-            for monitor in monitors:
-                run.encoder.eval()
-                log.write(
-                    {
-                        "step": run.step - 1,
-                        "epoch": epoch,
-                        **monitor(run.objective.downstream_encoder(run.encoder), epoch),
-                    }
-                )
-                run.encoder.train()
-            if not stage.checkpoint_steps and run.step < total:
-                save()
-        return save()
-    finally:
-        bar.close()
-        log.close()
+        with (
+            contextlib.closing(RunLog(folder, run.step, tensorboard)) as log,
+            tqdm(
+                total=run.total_steps, initial=run.step, desc=stage.name, unit="step", disable=not progress,
+                dynamic_ncols=True,
+            ) as bar,
+        ):  # fmt: skip
+            return _train(run, folder, place, monitors, log, bar)
+    except ValueError:
+        # refused before it did anything: the corrected run may have the folder
+        if run.step == 0 and not resume:
+            shutil.rmtree(folder)
+        raise

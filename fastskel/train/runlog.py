@@ -1,40 +1,39 @@
-"""The log of a run: JSON lines always, TensorBoard on request, and what the run was."""
+"""The log of a run: JSON lines always, TensorBoard on request."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
-import sys
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fastskel.atomic import atomic_write
-
-__all__ = ["RunLog", "provenance"]
+__all__ = ["RunLog"]
 
 LOG_FILE = "log.jsonl"
 
 
-def provenance() -> dict[str, Any]:
-    """Say what produced a run: command, versions, commit of the source where there is one."""
-    source = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    versions = {"python": platform.python_version()}
-    for package in ("fastskel", "torch", "numpy", "triton"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "absent"
-    return {"command": sys.argv, "versions": versions, "commit": commit}
+def _end_of(path: Path, upto: int) -> int:
+    """Bytes of a log that hold the complete records of steps before `upto`; they come first, steps never decrease."""
+    end = 0
+    if not path.exists():
+        return end
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            # a killed writer may leave half a line behind
+            if not line.endswith(b"\n"):
+                break
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"RunLog: line {number} of {path} must be a record with its step, got {line[:40]!r}. "
+                    "Remove the line, or the file to begin it anew."
+                ) from error
+            if step >= upto:
+                break
+            end += len(line)
+    return end
 
 
 class RunLog:
@@ -45,15 +44,10 @@ class RunLog:
         upto: Keep only records of steps before this one: what a killed run logged beyond its checkpoint is done again.
         tensorboard: Write TensorBoard event files too.
     Raises:
-        ValueError: If TensorBoard is asked for and not installed.
+        ValueError: If TensorBoard is asked for and not installed, or the log was damaged.
     """
 
     def __init__(self, run: Path, upto: int, tensorboard: bool = False) -> None:
-        self.path = run / LOG_FILE
-        kept = [line for line in self._complete_lines() if json.loads(line).get("step", 0) < upto]
-        with atomic_write(self.path) as scratch:
-            scratch.write_text("".join(kept))
-        self._file = self.path.open("a")
         self._board: Any = None
         if tensorboard:
             try:
@@ -64,12 +58,10 @@ class RunLog:
                     "Install fastskel[tensorboard] or leave the option out; the JSON log is always written."
                 ) from error
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=upto)
-
-    def _complete_lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        # a killed writer may leave half a line behind
-        return [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        self.path = run / LOG_FILE
+        end = _end_of(self.path, upto)
+        self._file = self.path.open("a")
+        self._file.truncate(end)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; it must hold its `step`."""

@@ -32,14 +32,13 @@ class Stage:
         weight_decay: Coupled L2 weight decay of Adam, on every parameter.
         milestones: Epochs from which the learning rate is multiplied by `lr_factor`, once each.
         lr_factor: Factor at each milestone.
-        warmup_steps: Steps over which the learning rate rises linearly from zero.
+        warmup_steps: Steps over which the learning rate rises linearly to `lr`; 0 starts there.
         precision: Compute type of the encoder and projectors; losses are always at least fp32.
         seed: Key of every random draw.
         num_threads: Loader threads; batches do not depend on it.
         checkpoint_steps: Steps between checkpoints; 0 makes one at the end of each epoch.
         log_steps: Steps between log records.
-        name: Name of the stage's folder in a run of several stages.
-        initial: Earlier stage whose encoder this one starts from.
+        name: What the progress bar calls it.
     """
 
     encoder: str
@@ -61,17 +60,19 @@ class Stage:
     checkpoint_steps: int = 0
     log_steps: int = 1
     name: str = "pretrain"
-    initial: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "log_steps"):
-            if getattr(self, name) < 1:
+        limits = {"epochs": 1, "batch_size": 1, "log_steps": 1, "warmup_steps": 0, "checkpoint_steps": 0}
+        for name, least in limits.items():
+            if getattr(self, name) < least:
                 raise ValueError(
-                    f"Stage: {name} must be at least 1, got {getattr(self, name)}. Give a positive number."
+                    f"Stage: {name} must be at least {least}, got {getattr(self, name)}. Give a larger number."
                 )
-        if self.lr <= 0 or self.weight_decay < 0:
+        # written so that NaN fails
+        if not (self.lr > 0 and self.lr_factor > 0 and self.weight_decay >= 0):
             raise ValueError(
-                f"Stage: lr must be positive and weight_decay not negative, got {self.lr} and {self.weight_decay}. Fix them."
+                "Stage: lr and lr_factor must be positive and weight_decay not negative, "
+                f"got {self.lr}, {self.lr_factor} and {self.weight_decay}. Fix them."
             )
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"Stage: precision must be fp32 or bf16, got {self.precision!r}. Choose one.")

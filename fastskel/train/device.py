@@ -1,0 +1,29 @@
+"""Where to compute."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["choose_device"]
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn a device's name into a device that works.
+
+    Args:
+        name: As torch names it, or `"auto"` for a GPU where there is one.
+    Raises:
+        ValueError: If this machine, or this torch, has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        # a torch built without a backend asserts, one without its hardware or of an unknown name raises
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"choose_device: device must be one this machine has, got {name!r} ({reason}). Use cpu or auto."
+        ) from error
+    return device

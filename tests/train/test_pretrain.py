@@ -1,0 +1,513 @@
+"""The training loop: what it leaves behind, resuming bit for bit, and when it refuses or stops."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastskel.data import PackedDataset, make_synthetic
+from fastskel.objectives import MGFD
+from fastskel.recipes import RECIPES
+from fastskel.train import Stage, TrainingStopped, checkpoint, choose_device, load_encoder, pretrain, read_checkpoint
+
+NUM_CLIPS, BATCH_SIZE = 24, 8
+STEPS_PER_EPOCH = NUM_CLIPS // BATCH_SIZE
+TERMS = [f"{term}_{domain}" for domain in "tsi" for term in ("sim", "vac", "xcorr")]
+
+
+class Interrupted(BaseException):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
+    folder = tmp_path_factory.mktemp("data") / "packed"
+    return make_synthetic(folder, num_clips=NUM_CLIPS, num_classes=3, num_subjects=4)
+
+
+def make_stage(dataset: PackedDataset, *, name: str = "pretrain", **settings) -> Stage:
+    small = dict(
+        width=16, num_layers=1, frames=16, crop_min_frames=16, num_views=2, batch_size=BATCH_SIZE, epochs=2,
+        milestones=(1,), warmup_steps=2,
+    )  # fmt: skip
+    (stage,) = replace(RECIPES["usdrl-demo"](), **(small | settings)).stages(dataset)
+    return replace(stage, name=name)
+
+
+def train(dataset: PackedDataset, out: Path, *, stage: Stage | None = None, **options) -> Path:
+    return pretrain(stage or make_stage(dataset), dataset, out, device="cpu", progress=False, **options)
+
+
+def log_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def everything(run: Path) -> dict:
+    """What must not depend on interruptions: last checkpoint, position, and log without its speeds."""
+    last = checkpoint.newest(run)
+    found = {path.name: load_file(path) for path in last.glob("*.safetensors")}
+    log = [{k: v for k, v in record.items() if k != "samples_per_s"} for record in log_of(run)]
+    return {**found, "state": json.loads((last / "state.json").read_text()), "log": log}
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    for kind in ("model.safetensors", "optimizer.safetensors"):
+        assert found[kind].keys() == expected[kind].keys()
+        # as bytes: equal bits, not equal numbers
+        different = [
+            name
+            for name, value in expected[kind].items()
+            if value.dtype != found[kind][name].dtype or value.numpy().tobytes() != found[kind][name].numpy().tobytes()
+        ]
+        assert different == []
+    assert found["log"] == expected["log"]
+    assert found["state"] == expected["state"]
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Let the n-th step from now on end the process, after the optimiser and before any checkpoint."""
+    left = [steps]
+
+    def after_step(self: MGFD) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Interrupted
+
+    monkeypatch.setattr(MGFD, "after_step", after_step)
+
+
+def train_in_pieces(monkeypatch, dataset, out, stage, steps, **options) -> int:
+    """Train, interrupted after every so many steps; returns the number of interruptions."""
+    for interruptions in range(100):
+        interrupt(monkeypatch, steps)
+        try:
+            train(dataset, out, stage=stage, resume=out.exists(), **options)
+        except Interrupted:
+            continue
+        return interruptions
+    raise AssertionError("the training never ends")
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory) -> Path:
+    """A finished run with a checkpoint after each epoch; only to be read."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train(dataset, run, recipe={"name": "usdrl-demo", "protocol": None})
+    return run
+
+
+def test_run_folder(dataset, finished) -> None:
+    assert sorted(path.name for path in finished.iterdir()) == ["checkpoints", "config.json", "log.jsonl"]
+    assert checkpoints(finished) == ["step-000000003", "step-000000006"]
+    last = finished / "checkpoints" / "step-000000006"
+    assert sorted(path.name for path in last.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    config = json.loads((finished / "config.json").read_text())
+    assert config["recipe"] == {"name": "usdrl-demo", "protocol": None}
+    assert config["command"] == sys.argv
+    assert {"python", "torch", "numpy", "fastskel", "triton"} == config["versions"].keys()
+    assert config["versions"]["torch"] == metadata.version("torch")
+    assert (config["data"], config["device"]) == (str(dataset.path), "cpu")
+    assert "commit" in config
+    assert config["identity"]["stage"]["lr"] == 5e-4
+    assert config["identity"]["data"] == dataset.meta["checksums"]
+    state = json.loads((last / "state.json").read_text())
+    assert (state["step"], state["total_steps"], state["topology"]) == (6, 6, "ntu-25")
+    assert state["loader"]["epoch"] == 2 and state["loader"]["position"] == 0
+    assert read_checkpoint(finished).path == last
+    encoder, view, _ = load_encoder(finished)
+    assert (encoder.num_features, view.frames, encoder.training) == (32, 16, False)
+
+
+def test_log_names_every_term(dataset, finished) -> None:
+    records = log_of(finished)
+    assert [record["step"] for record in records] == list(range(6))
+    assert [record["epoch"] for record in records] == [0, 0, 0, 1, 1, 1]
+    for record in records:
+        assert set(record) == {"step", "epoch", "lr", "samples_per_s", "loss", "embedding_std", *TERMS}
+        assert record["samples_per_s"] > 0
+        # both sums are of fp32 numbers, in another order
+        similar, correlated = (
+            record[f"{term}_i"] + 0.5 * (record[f"{term}_t"] + record[f"{term}_s"]) for term in ("sim", "xcorr")
+        )
+        varied = record["vac_i"] + 0.5 * (record["vac_t"] + record["vac_s"])
+        assert record["loss"] == pytest.approx(5 * similar + varied + 1e-3 * correlated, rel=1e-5)
+    assert [record["lr"] for record in records] == pytest.approx([2.5e-4, 5e-4, 5e-4, 5e-5, 5e-5, 5e-5])
+
+
+def test_the_optimiser_steps_with_the_logged_rate(dataset, tmp_path) -> None:
+    # Adam's first step moves every weight that has a gradient by lr, less what epsilon takes
+    stage = make_stage(dataset, epochs=1, warmup_steps=5, weight_decay=0.0, checkpoint_steps=1)
+    before = _start(stage, dataset)
+    train(dataset, tmp_path / "run", stage=replace(stage, batch_size=NUM_CLIPS))
+    after = load_file(tmp_path / "run" / "checkpoints" / "step-000000001" / "model.safetensors")
+    weight = "objective.i_proj.6.weight"
+    moved = (after[weight] - before[weight]).abs()
+    assert moved.max().item() == pytest.approx(log_of(tmp_path / "run")[0]["lr"], rel=1e-3)
+
+
+def _start(stage: Stage, dataset: PackedDataset) -> dict[str, torch.Tensor]:
+    from fastskel.train.pretrain import _build
+
+    run = _build(stage, dataset, None, torch.device("cpu"))
+    return {name: value.clone() for name, value in checkpoint.weights(run.modules).items()}
+
+
+@pytest.mark.parametrize(
+    "epoch, step, expected",
+    [(0, 0, 0.25), (0, 1, 0.5), (0, 3, 1.0), (0, 9, 1.0), (1, 10, 1.0), (2, 20, 0.1), (4, 40, 0.1), (5, 50, 0.01), (5, 1, 0.005)],
+)  # fmt: skip
+def test_learning_rate(dataset, epoch: int, step: int, expected: float) -> None:
+    stage = replace(make_stage(dataset), lr=1.0, milestones=(2, 5), lr_factor=0.1, warmup_steps=4)
+    assert stage.lr_at(epoch, step) == pytest.approx(expected)
+    assert replace(stage, warmup_steps=0).lr_at(0, 0) == 1.0
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"epochs": 0}, "Stage: epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "Stage: batch_size must be at least 1"),
+        ({"log_steps": 0}, "Stage: log_steps must be at least 1"),
+        ({"warmup_steps": -1}, "Stage: warmup_steps must be at least 0"),
+        ({"checkpoint_steps": -1}, "Stage: checkpoint_steps must be at least 0"),
+        ({"lr": 0.0}, "Stage: lr and lr_factor must be positive"),
+        ({"lr": float("nan")}, "Stage: lr and lr_factor must be positive"),
+        ({"weight_decay": -1.0}, "weight_decay not negative"),
+        ({"precision": "fp16"}, "Stage: precision must be fp32 or bf16, got 'fp16'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_stage_refuses(dataset, setting, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(make_stage(dataset), **setting)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_loss_decreases(dataset, tmp_path, precision) -> None:
+    stage = make_stage(dataset, epochs=8, lr=5e-3, milestones=(6,), precision=precision, log_steps=5)
+    train(dataset, tmp_path / "run", stage=stage)
+    records = log_of(tmp_path / "run")
+    # every fifth step, and the last
+    assert [record["step"] for record in records] == [0, 5, 10, 15, 20, 23]
+    assert records[-1]["loss"] < 0.9 * records[0]["loss"]
+    assert records[-1]["embedding_std"] > 1.5 * records[0]["embedding_std"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpoint_steps, steps", [(1, 2), (3, 4), (0, 4)], ids=["each", "third", "epoch"])
+def test_resuming_changes_no_bit(dataset, tmp_path, monkeypatch, precision, checkpoint_steps, steps) -> None:
+    # one step is done again after every interruption; each one leaves the run at another step
+    stage = make_stage(dataset, precision=precision, checkpoint_steps=checkpoint_steps)
+    monitors = [lambda encoder, epoch: {"norm": float(sum(p.detach().norm() for p in encoder.parameters()))}]
+    train(dataset, tmp_path / "whole", stage=stage, monitors=monitors)
+    interruptions = train_in_pieces(monkeypatch, dataset, tmp_path / "pieces", stage, steps, monitors=monitors)
+    assert interruptions == (5 if checkpoint_steps == 1 else 1)
+    assert_same(everything(tmp_path / "pieces"), everything(tmp_path / "whole"))
+    config = json.loads((tmp_path / "pieces" / "config.json").read_text())
+    steps_resumed = [1, 2, 3, 4, 5] if checkpoint_steps == 1 else [3]
+    assert [session["step"] for session in config["resumed"]] == steps_resumed
+    assert config["resumed"][0]["versions"] == config["versions"]
+
+
+def test_resuming_before_the_first_checkpoint(dataset, tmp_path, monkeypatch, finished) -> None:
+    interrupt(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        train(dataset, tmp_path / "run")
+    assert checkpoints(tmp_path / "run") == []
+    assert len(log_of(tmp_path / "run")) == 2
+    monkeypatch.undo()
+    train(dataset, tmp_path / "run", resume=True)
+    assert_same(everything(tmp_path / "run"), everything(finished))
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_threads_change_nothing(dataset, tmp_path, finished, num_threads) -> None:
+    train(dataset, tmp_path / "run", stage=make_stage(dataset, num_threads=num_threads))
+    assert_same(everything(tmp_path / "run"), everything(finished))
+
+
+def test_a_resumed_run_may_change_what_changes_no_bit(dataset, tmp_path, monkeypatch, finished) -> None:
+    interrupt(monkeypatch, 5)
+    with pytest.raises(Interrupted):
+        train(dataset, tmp_path / "run")
+    monkeypatch.undo()
+    stage = make_stage(dataset, name="again", num_threads=2, checkpoint_steps=2)
+    train(dataset, tmp_path / "run", stage=stage, resume=True)
+    assert checkpoints(tmp_path / "run") == ["step-000000004", "step-000000006"]
+    assert_same(everything(tmp_path / "run"), everything(finished))
+
+
+def test_torchs_generator_is_neither_used_nor_moved(dataset, tmp_path, finished) -> None:
+    torch.manual_seed(1234)
+    before = torch.get_rng_state()
+    train(dataset, tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same(everything(tmp_path / "run"), everything(finished))
+
+
+def test_seed_and_indices_matter(dataset, tmp_path, finished) -> None:
+    expected = everything(finished)["model.safetensors"]["objective.i_proj.6.weight"]
+    train(dataset, tmp_path / "seed", stage=make_stage(dataset, seed=1))
+    assert not torch.equal(everything(tmp_path / "seed")["model.safetensors"]["objective.i_proj.6.weight"], expected)
+    train(dataset, tmp_path / "indices", indices=np.arange(NUM_CLIPS)[::-1])
+    assert not torch.equal(everything(tmp_path / "indices")["model.safetensors"]["objective.i_proj.6.weight"], expected)
+
+
+def test_resuming_a_finished_run_does_nothing(dataset, finished) -> None:
+    def files() -> dict[Path, tuple[int, bytes]]:
+        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in finished.rglob("*") if p.is_file()}
+
+    before = files()
+    assert train(dataset, finished, resume=True) == finished / "checkpoints" / "step-000000006"
+    assert files() == before
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"lr": 1e-3}, "other lr than"),
+        ({"epochs": 3}, "other epochs than"),
+        ({"seed": 7, "batch_size": 4}, "other batch_size, seed than"),
+        ({"alpha": 0.25}, "other encoder_options than"),
+        ({"shear": 0.5}, "other views than"),
+        ({"weighting": "journal"}, "other objective_options than"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_resuming_with_another_configuration_is_refused(dataset, finished, settings, named) -> None:
+    with pytest.raises(ValueError, match=f"pretrain: a resumed run must keep its configuration and data, got {named}"):
+        train(dataset, finished, stage=make_stage(dataset, **settings), resume=True)
+
+
+def test_resuming_with_other_data_is_refused(dataset, finished, tmp_path) -> None:
+    other = make_synthetic(tmp_path / "other", num_clips=NUM_CLIPS, num_classes=3, num_subjects=4, seed=1)
+    with pytest.raises(ValueError, match="got other data than in"):
+        train(other, finished, resume=True)
+    with pytest.raises(ValueError, match="got other indices than in"):
+        train(dataset, finished, indices=np.arange(NUM_CLIPS), resume=True)
+
+
+def test_folders_that_cannot_be_used(dataset, finished, tmp_path) -> None:
+    with pytest.raises(ValueError, match="must be new, got the folder of another run. Resume it, or choose another"):
+        train(dataset, finished)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="mine must be new, got something that is there. Choose another folder"):
+        train(dataset, tmp_path / "mine")
+    with pytest.raises(ValueError, match="mine must hold a run to resume, got no config.json. Start it without"):
+        train(dataset, tmp_path / "mine", resume=True)
+    (tmp_path / "mine" / "config.json").write_text("{]")
+    with pytest.raises(ValueError, match="config.json must be the record of a run, got one that cannot be read"):
+        train(dataset, tmp_path / "mine", resume=True)
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["config.json", "thesis.txt"]
+
+
+def test_a_refused_run_leaves_no_folder(dataset, tmp_path) -> None:
+    for stage in (
+        make_stage(dataset, batch_size=NUM_CLIPS + 1),
+        replace(make_stage(dataset), encoder="usdrl-dsti"),
+        # refused by the batch statistics of its first step
+        make_stage(dataset, batch_size=1),
+    ):
+        with pytest.raises(
+            ValueError, match=r"batch_size must be at most|Did you mean|[Ee]xpected more than 1|at least 2"
+        ):
+            train(dataset, tmp_path / "run", stage=stage)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_are_refused(dataset, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE must be 1"):
+        train(dataset, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_devices() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("toaster", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device must be one this machine has, got '{name}'"):
+            choose_device(name)
+
+
+@pytest.mark.parametrize("log_steps", [1, 100], ids=["logged", "unlogged"])
+def test_divergence_stops(dataset, tmp_path, log_steps) -> None:
+    stage = make_stage(dataset, lr=1e30, warmup_steps=0, checkpoint_steps=1, log_steps=log_steps)
+    message = "the loss must stay finite, got nan at step 1" if log_steps == 1 else "weights must stay finite"
+    with pytest.raises(TrainingStopped, match=rf"{message}.*Start a new run with a lower lr \(now 1e\+30\)"):
+        train(dataset, tmp_path / "run", stage=stage)
+    last = read_checkpoint(tmp_path / "run", optimizer=True)
+    assert last.state["step"] >= 1
+    assert all(value.isfinite().all() for value in last.model.values())
+    # JSON has no NaN: what is not finite is not logged
+    assert [record["step"] for record in log_of(tmp_path / "run")] == [0]
+
+
+def test_spoilt_clips_are_named(dataset, tmp_path) -> None:
+    frames = dataset.frames.copy()
+    frames[dataset.offsets[5] : dataset.offsets[6], 0, 3] = np.nan
+    with pytest.raises(
+        TrainingStopped, match=r"loss must stay finite.*The clips \['clip000005'\] hold NaN or infinity"
+    ):
+        train(replace(dataset, frames=frames), tmp_path / "run")
+
+
+@pytest.mark.parametrize("weighting", ["aaai", "journal"])
+def test_collapse_stops(dataset, tmp_path, weighting) -> None:
+    # equal clips whose views are equal too: nothing tells one embedding from another
+    equal = replace(dataset, frames=np.zeros_like(dataset.frames))
+    with pytest.raises(
+        TrainingStopped, match=r"embeddings must differ between samples.*at step 0: collapsed. Check that"
+    ):
+        train(equal, tmp_path / "run", stage=make_stage(dataset, drop_path=0.0, weighting=weighting))
+
+
+def test_monitors_read_the_encoder_after_each_epoch(dataset, tmp_path, finished) -> None:
+    seen = []
+
+    def monitor(encoder, epoch: int) -> dict[str, float]:
+        seen.append((epoch, any(module.training for module in encoder.modules())))
+        torch.rand(3)
+        return {"knn": 0.25 + epoch}
+
+    train(dataset, tmp_path / "run", monitors=[monitor, lambda encoder, epoch: {"second": 1.0}, lambda *_: {}])
+    assert seen == [(0, False), (1, False)]
+    records = log_of(tmp_path / "run")
+    read = [record for record in records if "knn" in record]
+    assert read == [
+        {"step": 2, "epoch": 0, "knn": 0.25, "second": 1.0},
+        {"step": 5, "epoch": 1, "knn": 1.25, "second": 1.0},
+    ]
+    # reading changes nothing
+    found = everything(tmp_path / "run")
+    found["log"] = [record for record in found["log"] if "knn" not in record]
+    assert_same(found, everything(finished))
+
+
+def test_a_run_killed_in_a_monitor_reads_it_again(dataset, tmp_path) -> None:
+    calls = []
+
+    def monitor(encoder, epoch: int) -> dict[str, float]:
+        calls.append(epoch)
+        if len(calls) == 1:
+            raise Interrupted
+        return {"knn": 1.0}
+
+    stage = make_stage(dataset, checkpoint_steps=1)
+    with pytest.raises(Interrupted):
+        train(dataset, tmp_path / "run", stage=stage, monitors=[monitor])
+    assert checkpoints(tmp_path / "run") == ["step-000000001", "step-000000002"]
+    train(dataset, tmp_path / "run", stage=stage, monitors=[monitor], resume=True)
+    assert calls == [0, 0, 1]
+    assert [record["step"] for record in log_of(tmp_path / "run") if "knn" in record] == [2, 5]
+
+
+def test_tensorboard_absent(dataset, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"RunLog: tensorboard must be installed.*Install fastskel\[tensorboard\]"):
+        train(dataset, tmp_path / "run", tensorboard=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_present(dataset, tmp_path, monkeypatch) -> None:
+    written, opened = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            opened.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, step))
+
+        def close(self) -> None:
+            opened.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    interrupt(monkeypatch, 5)
+    with pytest.raises(Interrupted):
+        train(dataset, tmp_path / "run", tensorboard=True)
+    monkeypatch.setattr(MGFD, "after_step", lambda self: None)
+    train(dataset, tmp_path / "run", tensorboard=True, resume=True)
+    folder = str(tmp_path / "run" / "tensorboard")
+    assert opened == [(folder, 0), "closed", (folder, 3), "closed"]
+    assert [step for name, step in written if name == "loss"] == [0, 1, 2, 3, 4, 3, 4, 5]
+    assert {name for name, _ in written} >= {"loss", "lr", "samples_per_s", *TERMS}
+
+
+def test_two_checkpoints_stay_and_leftovers_go(dataset, tmp_path, monkeypatch) -> None:
+    stage = make_stage(dataset, checkpoint_steps=1)
+    interrupt(monkeypatch, 4)
+    with pytest.raises(Interrupted):
+        train(dataset, tmp_path / "run", stage=stage)
+    assert checkpoints(tmp_path / "run") == ["step-000000002", "step-000000003"]
+    for name in (".step-000000004.abc", ".doomed-step-000000001"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir()
+        (tmp_path / "run" / "checkpoints" / name / "model.safetensors").write_bytes(b"half")
+    monkeypatch.undo()
+    train(dataset, tmp_path / "run", stage=stage, resume=True)
+    assert checkpoints(tmp_path / "run") == ["step-000000005", "step-000000006"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(dataset, tmp_path, monkeypatch, finished) -> None:
+    def save_file(tensors, path) -> None:
+        if "step-000000006" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        original(tensors, path)
+
+    original = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(dataset, tmp_path / "run")
+    assert checkpoints(tmp_path / "run") == ["step-000000003"]
+    monkeypatch.undo()
+    train(dataset, tmp_path / "run", resume=True)
+    assert_same(everything(tmp_path / "run"), everything(finished))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(dataset, tmp_path, monkeypatch, finished) -> None:
+    stage = make_stage(dataset, checkpoint_steps=1)
+    interrupt(monkeypatch, 5)
+    with pytest.raises(Interrupted):
+        train(dataset, tmp_path / "run", stage=stage)
+    monkeypatch.undo()
+    damaged = tmp_path / "run" / "checkpoints" / "step-000000004"
+    whole = (damaged / "optimizer.safetensors").read_bytes()
+    (damaged / "optimizer.safetensors").write_bytes(whole[: len(whole) // 2])
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"step-000000004/optimizer.safetensors must be .*Remove .*step-000000004 to go on"
+    ):
+        train(dataset, tmp_path / "run", stage=stage, resume=True)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+    for path in damaged.iterdir():
+        path.unlink()
+    damaged.rmdir()
+    train(dataset, tmp_path / "run", stage=stage, resume=True)
+    assert_same(everything(tmp_path / "run"), everything(finished))
+
+
+def test_sigkill_at_random_moments_changes_no_bit() -> None:
+    # the record of many kills is in docs/proofs.md
+    script = Path(__file__).with_name("kill_proof.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "--kills", "3", "--epochs", "8"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("3 kills") and "bit for bit" in done.stdout
