@@ -18,7 +18,7 @@ from fastskel.evaluate import LinearConfig, evaluate_knn, evaluate_linear, split
 from fastskel.evaluate.report import curves_figure, embedding_figure, write_results
 from fastskel.models.encoder import ENCODERS, Encoder
 from fastskel.recipes import RECIPES
-from fastskel.train import load_encoder, pretrain
+from fastskel.train import Stage, load_encoder, pretrain
 
 __all__ = ["run_demo"]
 
@@ -26,11 +26,11 @@ PROTOCOL = "xsub"
 NUM_ANIMATED = 4
 
 
-def _untrained(encoder: Encoder, seed: int) -> Encoder:
+def _untrained(stage: Stage, encoder: Encoder) -> Encoder:
     """An encoder of (N, T, M, V, C) with the same start as the pretrained one."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return next(ENCODERS[name] for name in ENCODERS if isinstance(encoder, ENCODERS[name]))(**encoder.config).eval()
+        torch.default_generator.manual_seed(stage.seed)
+        return ENCODERS[stage.encoder](**encoder.config).eval()
 
 
 def _table(rows: dict[str, dict[str, float]]) -> str:
@@ -75,10 +75,12 @@ def run_demo(out: str | os.PathLike[str], *, seed: int = 0, quick: bool = False)
     print("3/4  evaluating frozen features: nearest neighbour and linear probe")
     encoder, view, _ = load_encoder(run)
     contenders: dict[str, Encoder | None] = {
-        "raw coordinates": None, "untrained encoder": _untrained(encoder, seed), "pretrained encoder": encoder,
+        "raw coordinates": None, "untrained encoder": _untrained(stage, encoder), "pretrained encoder": encoder,
     }  # fmt: skip
     # step size and standardisation are chosen on held-out training clips, for each kind of features alike
-    probe = LinearConfig(learning_rate=None, standardise=None, epochs=20 if quick else 100, milestones=(75, 90), batch_size=128)
+    probe = LinearConfig(
+        learning_rate=None, standardise=None, epochs=20 if quick else 100, milestones=(75, 90), batch_size=128
+    )
     rows: dict[str, dict[str, float]] = {}
     features = {}
     for name, contender in contenders.items():
