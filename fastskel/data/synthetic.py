@@ -4,7 +4,7 @@ For demonstrations and tests where no recorded data is at hand. Units are metres
 origin and looks along +z; the subject faces it at yaw 0. Every subject has body proportions, a handedness and a style
 of its own, every clip a duration, phase, tempo, amplitude, camera yaw (165 degrees to either side) and sensor noise
 of its own. Joint angles drive a kinematic chain, so bone lengths are constant within a clip before the noise. Every
-number is a Philox word of use SYNTHETIC: views 0 (clip), 1 (subject), 2 (noise).
+number is a Philox word of use SYNTHETIC: views 0 (clip), 1 (subject), 2 (noise), 3 (lost joints).
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from fastskel.data.figure import ACTIONS, FEET, Pose, figure_offsets, figure_positions, turn
 from fastskel.data.pack import pack_arrays
 from fastskel.data.packed import PackedDataset
-from fastskel.philox import Use, uniform, words
+from fastskel.philox import Use, below, distinct, uniform, words
 
 __all__ = ["SyntheticMotion", "make_synthetic", "synthetic_motion"]
 
 Float = NDArray[np.float32]
 MIN_FRAMES, MAX_FRAMES = 40, 120
-CLIP_VIEW, SUBJECT_VIEW, NOISE_VIEW = 0, 1, 2
+CLIP_VIEW, SUBJECT_VIEW, NOISE_VIEW, LOST_VIEW = 0, 1, 2, 3
+# every joint can be lost but the first, the spine base, which centres the body
+LOSABLE = 24
 # standard deviation of a joint's position as depth cameras report it, metres
 NOISE = 0.012
 
@@ -62,6 +64,7 @@ def synthetic_motion(
     seed: int = 0,
     bodies: int = 1,
     noise: float = NOISE,
+    max_lost: int = 0,
 ) -> SyntheticMotion:
     """Generate clips (T, M, 25, 3) of 40 to 120 frames.
 
@@ -72,6 +75,7 @@ def synthetic_motion(
         seed: 64-bit key of every draw.
         bodies: M; bodies after the first are absent, zeros.
         noise: Standard deviation of the sensor noise, metres.
+        max_lost: Most joints that the sensor loses in a clip, as behind a table; they are zero in all of its frames.
     Returns:
         Clips with labels, columns and splits; the same for the same arguments.
     Raises:
@@ -82,6 +86,7 @@ def synthetic_motion(
         "num_classes": (num_classes, 2, len(ACTIONS)),
         "num_subjects": (num_subjects, 2, 1 << 16),
         "bodies": (bodies, 1, 16),
+        "max_lost": (max_lost, 0, LOSABLE),
     }
     for argument, (value, low, high) in limits.items():
         if not low <= value <= high:
@@ -123,6 +128,12 @@ def synthetic_motion(
     points = _before_camera(points, clip, time, u, camera, setup)
     if noise:
         points += np.float32(noise) * _normal(seed, clip, first, length, points.shape[1] * 3).reshape(points.shape)
+    if max_lost:
+        drawn = words(seed, number, 0, LOST_VIEW, Use.SYNTHETIC, 1 + max_lost)
+        lost = np.zeros((num_clips, 1 + LOSABLE), np.bool_)
+        chosen = 1 + distinct(drawn[:, 1:], LOSABLE)
+        np.put_along_axis(lost, chosen, np.arange(max_lost) < below(drawn[:, 0], max_lost + 1)[:, None], 1)
+        points[lost[clip]] = 0
     frames = np.zeros((len(clip), bodies, 25, 3), np.float32)
     frames[:, 0] = points
     test = {"xsub": subject % 2 == 1, "xview": camera == 2}
@@ -201,6 +212,7 @@ def make_synthetic(
     topology: str = "ntu-25",
     bodies: int = 1,
     noise: float = NOISE,
+    max_lost: int = 0,
 ) -> PackedDataset:
     """Generate motion and pack it: clips (T, M, 25, 3) with subjects, cameras, setups and splits xsub and xview.
 
@@ -213,6 +225,7 @@ def make_synthetic(
         topology: Skeleton; the figure is an "ntu-25".
         bodies: M; bodies after the first are absent, zeros.
         noise: Standard deviation of the sensor noise, metres.
+        max_lost: Most joints that the sensor loses in a clip.
     Returns:
         The packed data set, opened.
     Raises:
@@ -221,8 +234,9 @@ def make_synthetic(
     if topology != "ntu-25":
         raise ValueError(f"make_synthetic: topology must be 'ntu-25', got {topology!r}. Leave it out.")
     motion = synthetic_motion(
-        num_clips, num_classes=num_classes, num_subjects=num_subjects, seed=seed, bodies=bodies, noise=noise
-    )
+        num_clips, num_classes=num_classes, num_subjects=num_subjects, seed=seed, bodies=bodies, noise=noise,
+        max_lost=max_lost,
+    )  # fmt: skip
     return pack_arrays(
         motion.clips,
         labels=motion.labels,

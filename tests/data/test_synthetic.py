@@ -116,3 +116,19 @@ def test_bad_arguments(arguments, message):
 def test_other_topology(tmp_path):
     with pytest.raises(ValueError, match="topology must be 'ntu-25', got 'coco-17'"):
         make_synthetic(tmp_path / "synthetic", topology="coco-17")
+
+
+def test_lost_joints_are_zero_in_a_whole_clip_and_the_rest_is_unchanged():
+    whole = synthetic_motion(60, seed=3)
+    partial = synthetic_motion(60, seed=3, max_lost=8)
+    counts = []
+    for full, clip in zip(whole.clips, partial.clips):
+        lost = ~clip.any((0, 1, 3))
+        counts.append(int(lost.sum()))
+        assert not lost[0]
+        np.testing.assert_array_equal(clip[:, :, ~lost], full[:, :, ~lost])
+        assert not clip[:, :, lost].any()
+    # uniform over 0 .. 8: both ends and the middle occur among sixty clips
+    assert min(counts) == 0 and max(counts) == 8 and 2.5 < np.mean(counts) < 5.5
+    with pytest.raises(ValueError, match=r"max_lost must be in 0 .. 24, got 25"):
+        synthetic_motion(4, max_lost=25)
