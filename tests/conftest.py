@@ -8,9 +8,9 @@ from pathlib import Path
 # before torch reads it: the tests' tensors are small, and a busy machine punishes threads that wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
+import numpy as np
+import pytest
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[1]
 

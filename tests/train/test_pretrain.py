@@ -127,7 +127,11 @@ def test_run_folder(dataset, finished) -> None:
     assert config["identity"]["data"] == dataset.meta["checksums"]
     state = json.loads((last / "state.json").read_text())
     assert (state["step"], state["total_steps"], state["topology"]) == (6, 6, "ntu-25")
-    assert state["loader"]["epoch"] == 2 and state["loader"]["position"] == 0
+    assert (state["epoch"], state["loader"]["epoch"], state["loader"]["position"]) == (2, 2, 0)
+    first = json.loads((last.with_name("step-000000003") / "state.json").read_text())
+    assert (first["epoch"], first["step"]) == (1, 3)
+    # of the step that comes next
+    assert first["optimizer"] == {"lr": pytest.approx(5e-5), "weight_decay": 1e-5}
     assert read_checkpoint(finished).path == last
     encoder, view, _ = load_encoder(finished)
     assert (encoder.num_features, view.frames, encoder.training) == (32, 16, False)
