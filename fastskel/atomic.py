@@ -62,6 +62,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         for entry in scratch.rglob("*"):
             if entry.is_file():
                 _sync(entry)
+        _sync(scratch)
         os.rename(scratch, target)
         _sync(target.parent)
     finally:

@@ -29,7 +29,7 @@ ABOUT = f"""usage: {PROG} COMMAND ...
   show DATA CLIP                pictures of one clip
   pretrain RECIPE DATA          train an encoder
   evaluate knn|linear RUN DATA  how good its features are
-  export RUN OUT                a checkpoint for the reference's scripts
+  export RUN --to usdrl         a checkpoint for the reference's scripts
   demo                          all of it, on synthetic motion
 
 {PROG} COMMAND --help says more, {PROG} --version which one this is."""
@@ -40,7 +40,6 @@ Dst = Annotated[Positional[Path], arg(metavar="DST")]
 Data = Annotated[Positional[Path], arg(metavar="DATA")]
 Clip = Annotated[Positional[str], arg(metavar="CLIP")]
 Run = Annotated[Positional[Path], arg(metavar="RUN")]
-Out = Annotated[Positional[Path], arg(metavar="OUT")]
 
 
 def _pack_command(source: str) -> Command:
@@ -164,6 +163,10 @@ class EvaluateOptions:
         device: cpu, cuda, or auto for a GPU where there is one.
         precision: Compute type of the encoder.
         normalise: Normalise clips otherwise than the run did; published files do not say how, none is assumed.
+        modality: Stream of a published file, which does not record it; joint is assumed.
+        num_head: Attention heads of a published file; 1 is assumed.
+        gap: Gap of a published DSTE; 4 is assumed.
+        alpha: Branch weight of a published DSTE; 0.5 is assumed.
         quiet: Show no progress bar.
     """
 
@@ -173,14 +176,22 @@ class EvaluateOptions:
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     normalise: Literal["none", "center", "center-first", "align", "align-yaw"] | None = None
+    modality: Literal["joint", "bone", "motion"] | None = None
+    num_head: int | None = None
+    gap: int | None = None
+    alpha: float | None = None
     quiet: bool = False
 
 
-def _encoder(run: Path) -> tuple[Encoder, ViewSpec]:
+def _encoder(run: Path, dataset: PackedDataset, options: EvaluateOptions) -> tuple[Encoder, ViewSpec]:
+    unrecorded = {k: getattr(options, k) for k in ("modality", "num_head", "gap", "alpha")}
+    given = {k: v for k, v in unrecorded.items() if v is not None}
     if run.is_file():
         from fastskel.compat.usdrl.checkpoint import load_published_encoder
 
-        return load_published_encoder(run)
+        return load_published_encoder(run, num_bodies=dataset.num_bodies_max, **given)
+    if given:
+        raise ValueError(f"evaluate: {', '.join(given)} must be left out, {run} records them. They are for published files.")
     from fastskel.train import load_encoder
 
     encoder, view, _ = load_encoder(run)
@@ -198,7 +209,7 @@ def _evaluate(task: str, run: Path, data: Path, options: EvaluateOptions, **sett
     if parts is None:
         known = ", ".join(protocols(dataset)) or "none"
         raise ValueError(f"evaluate: protocol or split_file must be given, got neither. Protocols of {data}: {known}.")
-    encoder, view = _encoder(run)
+    encoder, view = _encoder(run, dataset, options)
     if options.normalise is not None:
         view = replace(view, normalise=options.normalise)
     # a published file and a checkpoint are left as they are: results go beside the one, into the run of the other
@@ -253,17 +264,17 @@ def linear(
     _evaluate("linear", run, data, common, config=config)
 
 
-def export(run: Run, out: Out, to: Literal["usdrl"] = "usdrl") -> None:
+def export(run: Run, to: Literal["usdrl"] = "usdrl", out: Path | None = None) -> None:
     """Write a run's weights and optimiser as a checkpoint of another system.
 
     Args:
         run: Run or checkpoint folder.
-        out: File to create.
         to: System whose format to write.
+        out: File to create; by default RUN/usdrl.pth.tar.
     """
     from fastskel.compat.usdrl.checkpoint import export as write
 
-    print(write(run, out))
+    print(write(run, out or run / f"{to}.pth.tar"))
 
 
 def demo(out: Path = Path("demo-run"), seed: int = 0, quick: bool = False) -> None:

@@ -79,7 +79,7 @@ def test_help(capsys) -> None:
     [
         ("info", ["DATA", "--verify"]),
         ("show", ["DATA", "CLIP", "--out"]),
-        ("export", ["RUN", "OUT", "--to"]),
+        ("export", ["RUN", "--to", "--out"]),
         ("demo", ["--out", "--seed", "--quick"]),
         ("pack", ["nw-ucla", "utd-mhad"]),
         ("pretrain", list(RECIPES)),
@@ -325,9 +325,9 @@ def test_evaluate_a_checkpoint_leaves_it_as_it_is(here, capsys) -> None:
 
 
 def test_export_and_evaluate_a_published_file(here, capsys) -> None:
-    assert main(["export", "run", "weights.pth.tar", "--to", "usdrl"]) == 0
+    assert main(["export", "run", "--to", "usdrl", "--out", "weights.pth.tar"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "weights.pth.tar"
-    assert "out must be new, got the existing weights.pth.tar" in refused(capsys, "export", "run", "weights.pth.tar")
+    assert "out must be new, got the existing weights.pth.tar" in refused(capsys, "export", "run", "--out", "weights.pth.tar")
     found = []
     # the file does not say how clips were normalised: told so, it gives what the run gives
     for source in (["run"], ["weights.pth.tar", "--normalise", "center"]):
@@ -346,7 +346,7 @@ def test_evaluate_refuses(here, capsys) -> None:
     )
     (here / "fake.pth.tar").write_bytes(b"not a checkpoint")
     assert "fake.pth.tar" in refused(capsys, "evaluate", "linear", "fake.pth.tar", *options)
-    assert "state.json" in refused(capsys, "export", "data", "out.pth.tar")
+    assert "state.json" in refused(capsys, "export", "data", "--out", "out.pth.tar")
     assert "k must lie in" in refused(capsys, "evaluate", "knn", "run", *options, "--k", "1000")
     assert not (here / "out.pth.tar").exists()
 
@@ -373,3 +373,13 @@ def test_python_m_fastskel(tmp_path) -> None:
     )
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr.startswith("error: open_dataset") and done.stderr.count("\n") == 1
+
+
+def test_what_a_published_file_does_not_record_can_be_given(here, capsys) -> None:
+    assert main(["export", "run", "--out", "other.pth.tar"]) == 0
+    options = ["data", "--protocol", "xsub", "--quiet", "--modality", "motion", "--gap", "2"]
+    capsys.readouterr()
+    assert main(["evaluate", "knn", "other.pth.tar", *options]) == 0
+    said = capsys.readouterr().out
+    assert "modality=motion" in said and "gap=2" in said and "alpha=0.5 (assumed)" in said
+    assert "modality, gap must be left out, run records them" in refused(capsys, "evaluate", "knn", "run", *options)

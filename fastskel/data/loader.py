@@ -111,8 +111,8 @@ class Loader:
         self.epoch, self.position = 0, 0
         share = len(chosen) // world_size if drop_last else -(-len(chosen) // world_size)
         self.num_samples = share // batch_size * batch_size if drop_last else share
-        few = f"{batch_size} for {share} samples of this rank"
-        _check(self.num_samples > 0, "batch_size", "at most the number of samples", few, "Lower it or keep the last")
+        few = f"{batch_size} for {share} samples" + (f" of rank {rank}" if world_size > 1 else "")
+        _check(self.num_samples > 0, "batch_size", "at most the number of samples", few, "Lower it")
         self._columns = self._numeric_columns()
         self._sources = self._normalise(cache_bytes)
 

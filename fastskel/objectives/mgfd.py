@@ -76,6 +76,8 @@ class MGFD(Objective):
             `z_t` and `z_s` (W, N, 2D), `z_i` (W, N, 4D). BatchNorm sees one view at a time, in order, as separate
             forward passes would.
         """
+        if self.training and len(batch) < 2:
+            raise ValueError("MGFD.embed: batch must have at least 2 samples in training, got 1. Statistics need two of them.")
         shapes = {(view.clips.shape[1:], view.topology.name) for view in batch.views}
         groups = [batch.views] if len(shapes) == 1 else [[view] for view in batch.views]
         pooled: list[tuple[Tensor, Tensor]] = []

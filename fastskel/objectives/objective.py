@@ -50,7 +50,7 @@ class Objective(nn.Module, abc.ABC):
         """Score embeddings with leading (W, N); `progress` runs from 0 to 1 over the training."""
 
     def epoch_start(self, epoch: int) -> None:
-        """Be told that an epoch begins."""
+        """Be told that an epoch begins, or that a resumed run goes on inside it."""
 
     def after_step(self) -> None:
         """Be told that the optimiser has stepped."""

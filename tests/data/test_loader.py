@@ -13,7 +13,7 @@ from fastskel.data import Loader, eval_view, make_synthetic, make_view, usdrl_vi
 from fastskel.data import views as views_module
 from fastskel.data.views import CenterCrop, ViewSpec
 
-VIEWS = usdrl_views(8, num_views=2, min_frames=4)
+VIEWS = usdrl_views(8, num_views=2, normalise="center", min_frames=4)
 
 
 @pytest.fixture(scope="module")

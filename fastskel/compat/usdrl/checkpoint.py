@@ -275,6 +275,12 @@ def export(
         )
     if config.get("drop_path", REFERENCE_DROP_PATH) != REFERENCE_DROP_PATH:
         announce(f"export: drop_path {config['drop_path']}; the reference always trains with {REFERENCE_DROP_PATH}")
+    view = checkpoint.state["eval_view"]
+    if view["normalise"] != "none" or view["stream"] != "joint":
+        announce(
+            f"export: the file records neither normalise={view['normalise']} nor modality={view['stream']}: give the same to "
+            "whatever reads it"
+        )
     optimizer = torch.optim.Adam(model.parameters(), **checkpoint.state["optimizer"]).state_dict()
     for number, (name, _) in enumerate(model.named_parameters()):
         kinds = ("step", "exp_avg", "exp_avg_sq")
