@@ -156,6 +156,7 @@ def linear_probe(
     num_classes: int,
     config: LinearConfig | None = None,
     *,
+    groups: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> LinearResult:
     """Train one linear layer on frozen features and test it.
@@ -168,6 +169,7 @@ def linear_probe(
         test: Features (N', F) and labels (N',) to test on; never used to choose anything.
         num_classes: K.
         config: Optimiser and schedule; the reference's if None.
+        groups: Of the training rows, (N,), for what `choose_config` chooses.
         device: Where the layer is trained.
     Returns:
         Accuracies, weights (K, F), history.
@@ -185,7 +187,7 @@ def linear_probe(
             f"{train.features.shape[1]}. Extract both with the same encoder."
         )
     if config.learning_rate is None or config.standardise is None:
-        config = choose_config(train, num_classes, config, device=device)
+        config = choose_config(train, num_classes, config, groups=groups, device=device)
 
     train_x, test_x = train.features.to(device, torch.float32), test.features.to(device, torch.float32)
     train_y, test_y = train.labels.to(device), test.labels.to(device)
@@ -251,32 +253,13 @@ def linear_probe(
     )
 
 
-def choose_config(
-    train: FeatureSet,
-    num_classes: int,
-    config: LinearConfig,
-    *,
-    rates: tuple[float, ...] = LEARNING_RATES,
-    device: torch.device | str = "cpu",
-) -> LinearConfig:
-    """Choose what the config leaves open, step size or standardisation, without looking at the test set.
-
-    Every fifth training sample of each class, in random order, is held out; what classifies most of them right wins, as
-    given before standardised and the smallest rate among equals. A rate that diverges is out.
-
-    Args:
-        train: Features (N, F) and labels (N,).
-        num_classes: K.
-        config: What the probe will run with; `learning_rate` and `standardise` are chosen where they are None.
-        rates: Candidates.
-        device: Where the probes are trained.
-    Returns:
-        The config, with nothing left open.
-    Raises:
-        ValueError: If no class has two samples, or if every rate diverges.
-    """
-    _check_set("train", train, num_classes)
-    order = torch.from_numpy(philox.permutation(config.seed, 0, len(train), philox.Use.SUBSET))
+def _held_out(train: FeatureSet, seed: int, groups: Tensor | None) -> Tensor:
+    """Samples that choose a config, (N,), bool."""
+    known = torch.unique(train.labels if groups is None else groups)
+    if groups is not None and len(known) > 1:
+        order = torch.from_numpy(philox.permutation(seed, 0, len(known), philox.Use.SUBSET))
+        return torch.isin(groups, known[order[: math.ceil(len(known) / HELD_OUT)]])
+    order = torch.from_numpy(philox.permutation(seed, 0, len(train), philox.Use.SUBSET))
     held = torch.zeros(len(train), dtype=torch.bool)
     for label in torch.unique(train.labels):
         mine = order[train.labels[order] == label]
@@ -288,9 +271,41 @@ def choose_config(
             held[order[train.labels[order] == label][1:2]] = True
     if not bool(held.any()):
         raise ValueError(
-            "choose_config: train must have two samples of some class, got one of each. "
-            "Set config.learning_rate."
+            "choose_config: train must have two samples of some class, got one of each. Set config.learning_rate."
         )
+    return held
+
+
+def choose_config(
+    train: FeatureSet,
+    num_classes: int,
+    config: LinearConfig,
+    *,
+    groups: Tensor | None = None,
+    rates: tuple[float, ...] = LEARNING_RATES,
+    device: torch.device | str = "cpu",
+) -> LinearConfig:
+    """Choose what the config leaves open, step size or standardisation, without looking at the test set.
+
+    A fifth of the groups is held out, or without groups every fifth training sample of each class, in random order. What
+    classifies most of them right wins, as given before standardised and the smallest rate among equals. A rate that
+    diverges is out.
+
+    Args:
+        train: Features (N, F) and labels (N,).
+        num_classes: K.
+        config: What the probe will run with; `learning_rate` and `standardise` are chosen where they are None.
+        groups: What a sample must not share with the test, such as its subject, (N,); None, or a single group: samples
+            are held out singly, which favours settings that recognise a group again.
+        rates: Candidates.
+        device: Where the probes are trained.
+    Returns:
+        The config, with nothing left open.
+    Raises:
+        ValueError: If no class has two samples, or if every rate diverges.
+    """
+    _check_set("train", train, num_classes)
+    held = _held_out(train, config.seed, groups)
     fit, check = (FeatureSet(train.features[rows], train.labels[rows], train.index[rows]) for rows in (~held, held))
     best: tuple[float, LinearConfig] | None = None
     tried = [config.learning_rate] if config.learning_rate is not None else sorted(rates)

@@ -232,6 +232,7 @@ def evaluate_linear(
     out: str | os.PathLike[str] | None = None,
     *,
     config: LinearConfig | None = None,
+    group_column: str = "subject",
     protocol: str | None = None,
     run: str | None = None,
     batch_size: int = 256,
@@ -250,6 +251,7 @@ def evaluate_linear(
         view_spec: View to encode.
         out: Folder for results.json, confusion.csv and confusion.png; None: nothing is written.
         config: Optimiser and schedule of the probe; the reference's if None.
+        group_column: Column whose values are held out whole to choose what the config leaves open, where it exists.
         protocol: Name of the split, for the record.
         run: Where the encoder comes from, for the record.
         batch_size: Clips per forward pass of the encoder.
@@ -277,7 +279,11 @@ def evaluate_linear(
         progress=progress,
     )
     class_names = _class_names(dataset)
-    probe = linear_probe(train, test, len(class_names), config, device=device)
+    groups = None
+    if group_column in dataset.columns and not dataset.per_frame(group_column):
+        values = np.asarray(dataset.columns[group_column])[train.index.numpy()]
+        groups = torch.from_numpy(np.unique(values, return_inverse=True)[1].reshape(-1))
+    probe = linear_probe(train, test, len(class_names), config, groups=groups, device=device)
     results = {
         "top1": probe.top1,
         "top5": probe.top5,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastskel.evaluate import FeatureSet, LinearConfig, choose_config, linear_probe
+from fastskel.evaluate import FeatureSet, LinearConfig, LinearResult, choose_config, linear_probe
+from fastskel.evaluate import linear as linear_module
 from fastskel.philox import permutation
 
 
@@ -154,3 +155,26 @@ def test_errors() -> None:
         choose_config(one_each, 3, LinearConfig(learning_rate=None))
     with pytest.raises(ValueError, match="got None. Call choose_config"):
         LinearConfig(learning_rate=None).rate(0)
+
+
+def test_whole_groups_are_held_out() -> None:
+    train = _set(60, 8, 3, 0.5)
+    groups = torch.arange(60) % 10
+    config = LinearConfig(epochs=5, learning_rate=None, standardise=False, milestones=(4,))
+    chosen = choose_config(train, 3, config, groups=groups)
+    calls: list[set[int]] = []
+    real = linear_module.linear_probe
+
+    def spy(fit: FeatureSet, check: FeatureSet, *args: object, **kwargs: object) -> LinearResult:
+        calls.append(set(groups[fit.index].tolist()) & set(groups[check.index].tolist()))
+        assert len(set(groups[check.index].tolist())) == 2
+        return real(fit, check, *args, **kwargs)
+
+    linear_module.linear_probe = spy
+    try:
+        assert choose_config(train, 3, config, groups=groups) == chosen
+    finally:
+        linear_module.linear_probe = real
+    assert calls and not any(calls)
+    # a single group cannot be held out: samples are
+    assert choose_config(train, 3, config, groups=torch.zeros(60)) == choose_config(train, 3, config)
