@@ -2,7 +2,8 @@
 
     python -m fastskel.bench.accuracy usdrl-small DATA --train xview --test xview xview-clean --out RESULTS.jsonl
 
-Each seed trains once, on the training part alone, and reads each test part once. The rows and their mean and deviation go
+Each seed trains once, on the training part alone, and reads each test part once; a finished run found under --runs is not
+trained again. The rows and their mean and deviation go
 to the screen and, with device, versions, commit and date, to the file.
 """
 
@@ -13,11 +14,11 @@ import datetime
 import json
 import platform
 import statistics
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastskel.data.packed import open_dataset
@@ -28,8 +29,21 @@ from fastskel.recipes import RECIPES
 from fastskel.train import load_encoder, pretrain
 
 # step size and standardisation are chosen on held-out training clips, for every kind of features alike
-PROBE = LinearConfig(learning_rate=None, standardise=None, epochs=100, milestones=(75, 90), batch_size=128)
-CONTENDERS = ("raw coordinates", "untrained encoder", "pretrained encoder")
+# the test part is read once, after the last epoch
+PROBE = LinearConfig(
+    learning_rate=None, standardise=None, epochs=100, milestones=(75, 90), batch_size=128, evaluate_every=100
+)
+# raw coordinates twice: normalised as the encoder's input is, and turned to face the camera, the strongest plain baseline
+CONTENDERS = ("raw coordinates", "raw, aligned", "untrained encoder", "pretrained encoder")
+
+
+def device_name() -> str:
+    """Model of the processor, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def measure(recipe_name: str, data: Path, seed: int, train: str, tests: list[str], runs: Path) -> list[dict[str, Any]]:
@@ -37,32 +51,38 @@ def measure(recipe_name: str, data: Path, seed: int, train: str, tests: list[str
     dataset = open_dataset(data)
     recipe = replace(RECIPES[recipe_name](), seed=seed)
     (stage,) = recipe.stages(dataset)
+    indices = split(dataset, train).train
+    for protocol in tests:
+        if not np.array_equal(split(dataset, protocol).train, indices):
+            raise ValueError(f"accuracy: {protocol} must have the training part of {train}, got another. Train on its own.")
     run = runs / f"{recipe_name}-{data.name}-{seed}"
-    started = time.perf_counter()
-    pretrain(
-        stage, dataset, run, indices=split(dataset, train).train, recipe={"name": recipe_name, **asdict(recipe)},
-        resume=(run / "config.json").exists(),
-    )  # fmt: skip
-    seconds = time.perf_counter() - started
-    encoder, view, _ = load_encoder(run)
+    if not run.exists():
+        pretrain(stage, dataset, run, indices=indices, recipe={"name": recipe_name, **asdict(recipe)})
+    encoder, view, checkpoint = load_encoder(run)
+    if checkpoint.state["step"] != checkpoint.state["total_steps"]:
+        raise ValueError(f"accuracy: {run} must be a finished run, got one that stopped. Resume it or remove it.")
+    trained = json.loads((run / "config.json").read_text())["commit"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         untrained = ENCODERS[stage.encoder](**encoder.config).eval()
     rows = []
     for protocol in tests:
-        for name, contender in zip(CONTENDERS, (None, untrained, encoder), strict=True):
+        aligned = replace(view, normalise="align-yaw")
+        cases = ((None, view), (None, aligned), (untrained, view), (encoder, view))
+        for name, (contender, seen) in zip(CONTENDERS, cases, strict=True):
             parts = split(dataset, protocol)
             shared: dict[str, Any] = dict(protocol=protocol, run=str(run), cache=run / "features", progress=False)
-            knn = evaluate_knn(contender, dataset, parts, view, **shared)
-            linear = evaluate_linear(contender, dataset, parts, view, config=replace(PROBE, seed=seed), **shared)
+            knn = evaluate_knn(contender, dataset, parts, seen, **shared)
+            linear = evaluate_linear(contender, dataset, parts, seen, config=replace(PROBE, seed=seed), **shared)
             rows.append(
                 {
-                    "case": "accuracy", "data": dataset.source, "protocol": protocol, "features": name, "seed": seed,
+                    "case": "accuracy", "data": dataset.source, "protocol": protocol, "features": name, "normalise": seen.normalise,
+                    "seed": seed,
                     "knn_top1": knn["top1"], "linear_top1": linear["top1"],
                     "linear_lr": linear["config"]["learning_rate"], "standardise": linear["config"]["standardise"],
                     "num_train": knn["num_train"], "num_test": knn["num_test"],
-                    "recipe": {"name": recipe_name, **asdict(recipe)}, "train_seconds": round(seconds, 1),
-                    "device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+                    "recipe": {"name": recipe_name, **asdict(recipe)}, "trained_at_commit": trained,
+                    "device": device_name(), "threads": torch.get_num_threads(),
                     "versions": knn["versions"], "commit": knn["commit"], "date": datetime.date.today().isoformat(),
                 }
             )  # fmt: skip
