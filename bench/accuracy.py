@@ -2,8 +2,8 @@
 
     python -m fastskel.bench.accuracy usdrl-small DATA --train xview --test xview xview-clean --out RESULTS.jsonl
 
-Each seed trains once, on the training part alone, and reads each test part once; a finished run found under --runs is not
-trained again. The rows and their mean and deviation go
+Each seed trains once, on the training part alone, and reads each test part once; a run found under --runs goes on, if it
+is the same in all its settings. The rows and their mean and deviation go
 to the screen and, with device, versions, commit and date, to the file.
 """
 
@@ -56,11 +56,10 @@ def measure(recipe_name: str, data: Path, seed: int, train: str, tests: list[str
         if not np.array_equal(split(dataset, protocol).train, indices):
             raise ValueError(f"accuracy: {protocol} must have the training part of {train}, got another. Train on its own.")
     run = runs / f"{recipe_name}-{data.name}-{seed}"
-    if not run.exists():
-        pretrain(stage, dataset, run, indices=indices, recipe={"name": recipe_name, **asdict(recipe)})
-    encoder, view, checkpoint = load_encoder(run)
-    if checkpoint.state["step"] != checkpoint.state["total_steps"]:
-        raise ValueError(f"accuracy: {run} must be a finished run, got one that stopped. Resume it or remove it.")
+    # a run that is there goes on, or is finished: refused unless configuration, data and clips are these
+    known = {"name": recipe_name, **asdict(recipe)}
+    pretrain(stage, dataset, run, indices=indices, recipe=known, resume=run.exists())
+    encoder, view, _ = load_encoder(run)
     trained = json.loads((run / "config.json").read_text())["commit"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -76,12 +75,12 @@ def measure(recipe_name: str, data: Path, seed: int, train: str, tests: list[str
             linear = evaluate_linear(contender, dataset, parts, seen, config=replace(PROBE, seed=seed), **shared)
             rows.append(
                 {
-                    "case": "accuracy", "data": dataset.source, "protocol": protocol, "features": name, "normalise": seen.normalise,
-                    "seed": seed,
+                    "case": "accuracy", "data": dataset.source, "protocol": protocol, "features": name,
+                    "normalise": seen.normalise, "seed": seed,
                     "knn_top1": knn["top1"], "linear_top1": linear["top1"],
                     "linear_lr": linear["config"]["learning_rate"], "standardise": linear["config"]["standardise"],
                     "num_train": knn["num_train"], "num_test": knn["num_test"],
-                    "recipe": {"name": recipe_name, **asdict(recipe)}, "trained_at_commit": trained,
+                    "recipe": known, "trained_at_commit": trained,
                     "device": device_name(), "threads": torch.get_num_threads(),
                     "versions": knn["versions"], "commit": knn["commit"], "date": datetime.date.today().isoformat(),
                 }

@@ -119,6 +119,8 @@ def _pretrain_command(name: str, make_recipe: Callable[[], USDRLRecipe]) -> Comm
         from fastskel.train import pretrain as train
 
         if threads is not None:
+            if threads < 1:
+                raise ValueError(f"pretrain: threads must be at least 1, got {threads}. Leave it out for all cores.")
             torch.set_num_threads(threads)
         dataset = open_dataset(data)
         parts = _parts(dataset, protocol, split_file)
@@ -189,7 +191,7 @@ def _encoder(run: Path, dataset: PackedDataset, options: EvaluateOptions) -> tup
     if run.is_file():
         from fastskel.compat.usdrl.checkpoint import load_published_encoder
 
-        return load_published_encoder(run, num_bodies=dataset.num_bodies_max, **given)
+        return load_published_encoder(run, topology=dataset.topology, **given)
     if given:
         raise ValueError(f"evaluate: {', '.join(given)} must be left out, {run} records them. They are for published files.")
     from fastskel.train import load_encoder
@@ -202,7 +204,7 @@ def _evaluate(task: str, run: Path, data: Path, options: EvaluateOptions, **sett
     from fastskel.data.packed import open_dataset
     from fastskel.data.protocols import protocols
     from fastskel.evaluate import evaluate_knn, evaluate_linear
-    from fastskel.train import choose_device
+    from fastskel.train import choose_device, trained_clips
 
     dataset = open_dataset(data)
     parts = _parts(dataset, options.protocol, options.split_file)
@@ -213,16 +215,28 @@ def _evaluate(task: str, run: Path, data: Path, options: EvaluateOptions, **sett
     if options.normalise is not None:
         view = replace(view, normalise=options.normalise)
     # a published file and a checkpoint are left as they are: results go beside the one, into the run of the other
-    base = run
+    base = base_run = run
     if run.is_file():
         base = run.with_name(f"{run.name}-results")
     elif run.resolve().parent.name == "checkpoints":
-        base = run.resolve().parents[1] / f"{run.resolve().name}-results"
-    folder = options.out or base / f"{task}-{parts[0]}-{data.resolve().name}"
+        base_run = run.resolve().parents[1]
+        base = base_run / f"{run.resolve().name}-results"
+    # other settings, other folder
+    shown = [f"k{settings['k']}"] if settings.get("k", 1) != 1 else []
+    shown += [options.precision] if options.precision != "fp32" else []
+    shown += [value for value in (options.normalise, options.modality) if value is not None]
+    folder = options.out or base / "-".join([task, parts[0], data.resolve().name, *shown])
     result = (evaluate_knn if task == "knn" else evaluate_linear)(
         encoder, dataset, parts[1], view, folder, protocol=parts[0], run=str(run), cache=base / "features",
-        device=choose_device(options.device), precision=options.precision, progress=not options.quiet, **settings,
+        device=choose_device(options.device), precision=options.precision, progress=not options.quiet,
+        trained_on=None if run.is_file() else trained_clips(base_run, dataset), **settings,
     )  # fmt: skip
+    if result["test_clips_trained_on"]:
+        print(
+            f"warning: {result['test_clips_trained_on']} of {result['num_test']} test clips were trained on, without their "
+            f"labels; pretrain with --protocol {parts[0]} to keep them apart",
+            file=sys.stderr,
+        )
     row = "  ".join(f"{name} {100 * result[name]:.1f} %" for name in ("top1", "top5", "mean_class"))
     print(f"{row}   ({result['num_train']} train, {result['num_test']} test clips; {folder})")
 
@@ -379,6 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print("interrupted; a training goes on with --resume", file=sys.stderr)
+        again = "; it goes on with --resume" if arguments[0] == "pretrain" else ""
+        print(f"interrupted{again}", file=sys.stderr)
         return 130
     return 0

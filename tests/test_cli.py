@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from fastskel.cli import main
-from fastskel.data import make_synthetic, open_dataset
+from fastskel.data import make_synthetic, open_dataset, pack_arrays
 from fastskel.objectives import MGFD
 from fastskel.recipes import RECIPES, USDRLRecipe
 
@@ -267,7 +267,7 @@ def test_resume(here, capsys, monkeypatch) -> None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(MGFD, "after_step", interrupt)
-    assert refused(capsys, *command, code=130) == "interrupted; a training goes on with --resume\n"
+    assert refused(capsys, *command, code=130) == "interrupted; it goes on with --resume\n"
     assert sorted(path.name for path in Path("again/checkpoints").iterdir()) == ["step-000000001", "step-000000002"]
     assert "must be new, got the folder of another run. Resume it" in refused(capsys, *command)
     assert "got other lr than in" in refused(capsys, *command, "--resume", "--lr", "1")
@@ -303,10 +303,11 @@ def test_evaluate_a_run(here, capsys, task, options) -> None:
     assert main(["evaluate", task, "run", "data", "--protocol", "xsub", "--quiet", *options]) == 0
     output = capsys.readouterr()
     parts = open_dataset("data").splits["xsub"]
-    sizes = f"{len(parts['train'])} train, {len(parts['test'])} test clips; run/{task}-xsub-data"
+    place = f"run/{task}-xsub-data" + ("-k3" if "--k" in options else "")
+    sizes = f"{len(parts['train'])} train, {len(parts['test'])} test clips; {place}"
     assert re.fullmatch(rf"top1 [\d.]+ %  top5 [\d.]+ %  mean_class [\d.]+ %   \({sizes}\)\n", output.out)
     assert output.err == ""
-    folder = Path("run") / f"{task}-xsub-data"
+    folder = Path(place)
     assert sorted(path.name for path in folder.iterdir()) == ["confusion.csv", "confusion.png", "results.json"]
     results = json.loads((folder / "results.json").read_text())
     assert (results["task"], results["protocol"], results["run"]) == (task, "xsub", "run")
@@ -334,7 +335,7 @@ def test_export_and_evaluate_a_published_file(here, capsys) -> None:
         assert main(["evaluate", "knn", source[0], "data", "--protocol", "xsub", *source[1:], "--quiet"]) == 0
         found.append(capsys.readouterr().out.splitlines()[-1].split("(")[0])
     assert found[0] == found[1]
-    assert Path("weights.pth.tar-results/knn-xsub-data/results.json").exists()
+    assert Path("weights.pth.tar-results/knn-xsub-data-center/results.json").exists()
 
 
 def test_evaluate_refuses(here, capsys) -> None:
@@ -383,3 +384,24 @@ def test_what_a_published_file_does_not_record_can_be_given(here, capsys) -> Non
     said = capsys.readouterr().out
     assert "modality=motion" in said and "gap=2" in said and "alpha=0.5 (assumed)" in said
     assert "modality, gap must be left out, run records them" in refused(capsys, "evaluate", "knn", "run", *options)
+
+
+def test_test_clips_that_were_trained_on_are_counted(here, capsys) -> None:
+    assert main(["pretrain", "usdrl-demo", "data", "--out", "all", *SMALL]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "knn", "all", "data", "--protocol", "xsub", "--quiet"]) == 0
+    clips = len(open_dataset("data").splits["xsub"]["test"])
+    assert f"warning: {clips} of {clips} test clips were trained on" in capsys.readouterr().err
+    results = json.loads(Path("all/knn-xsub-data/results.json").read_text())
+    assert results["test_clips_trained_on"] == clips
+
+
+def test_data_of_another_skeleton_is_refused(here, capsys) -> None:
+    draw = np.random.default_rng(0)
+    clips = [draw.normal(size=(20, 1, 20, 3)).astype(np.float32) for _ in range(12)]
+    parts = {"xsub": {"train": range(6), "test": range(6, 12)}}
+    for name in ("kinect-20-ucla", "kinect-20-utd"):
+        pack_arrays(clips, out=name, topology=name, labels=[0, 1] * 6, splits=parts)
+    assert main(["pretrain", "usdrl-demo", "kinect-20-ucla", "--protocol", "xsub", "--out", "ucla", *SMALL]) == 0
+    error = refused(capsys, "evaluate", "knn", "ucla", "kinect-20-utd", "--protocol", "xsub", "--quiet")
+    assert "topology must be that of the data set kinect-20-utd, 'kinect-20-utd', got 'kinect-20-ucla'" in error

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from fastskel.atomic import atomic_write
 from fastskel.data.batch import Batch
+from fastskel.data.identity import dataset_identity
 from fastskel.data.loader import Loader
 from fastskel.data.packed import PackedDataset
 from fastskel.data.views import ViewSpec
 from fastskel.models.encoder import Encoder
 
-__all__ = ["FeatureSet", "dataset_identity", "extract", "feature_key", "raw_features"]
+__all__ = ["FeatureSet", "extract", "feature_key", "raw_features"]
 
 PRECISIONS = ("fp32", "bf16")
 # part of every key: raise it when the meaning of a cached file changes
@@ -50,20 +51,6 @@ class FeatureSet:
         """Keep the rows with a known class: (N', F), (N',), (N',)."""
         keep = self.labels >= 0
         return FeatureSet(self.features[keep], self.labels[keep], self.index[keep])
-
-
-def dataset_identity(dataset: PackedDataset) -> str:
-    """One digest of a data set: of its recorded checksums or, where there are none, of its frames (sum T, M, V, C)."""
-    digest = hashlib.sha256()
-    checksums = dataset.meta.get("checksums")
-    if checksums:
-        for name, value in sorted(checksums.items()):
-            digest.update(f"{name}={value};".encode())
-    else:
-        for array in (dataset.frames, dataset.offsets):
-            digest.update(f"{array.dtype}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 def _tensor_digest(digest: hashlib._Hash, name: str, value: Tensor) -> None:

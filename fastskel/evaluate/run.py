@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastskel.data.identity import dataset_identity
 from fastskel.data.packed import PackedDataset
 from fastskel.data.protocols import Split
 from fastskel.data.views import ViewSpec
-from fastskel.evaluate.features import FeatureSet, dataset_identity, extract, raw_features
+from fastskel.evaluate.features import FeatureSet, extract, raw_features
 from fastskel.evaluate.knn import knn_rank
 from fastskel.evaluate.linear import LinearConfig, linear_probe
 from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy
@@ -114,8 +115,10 @@ def _record(
     protocol: str | None,
     run: str | None,
     precision: str,
+    trained_on: NDArray[np.int64] | None,
 ) -> dict[str, Any]:
     train, test = parts
+    seen = None if trained_on is None else int(np.isin(test.index.numpy(), trained_on).sum())
     return {
         "task": task,
         "protocol": protocol,
@@ -126,6 +129,7 @@ def _record(
         "num_test": len(test),
         "dropped_train": len(split.train) - len(train),
         "dropped_test": len(split.test) - len(test),
+        "test_clips_trained_on": seen,
         "num_classes": len(_class_names(dataset)),
         "precision": precision,
         "view": repr(view_spec),
@@ -171,6 +175,7 @@ def evaluate_knn(
     cache: str | os.PathLike[str] | None = None,
     precision: str = "fp32",
     progress: bool = True,
+    trained_on: NDArray[np.int64] | None = None,
 ) -> dict[str, Any]:
     """Classify the test clips by their k nearest training clips in cosine distance.
 
@@ -189,6 +194,7 @@ def evaluate_knn(
         cache: Folder for cached features; None: no cache.
         precision: "fp32" or "bf16".
         progress: Show a progress bar.
+        trained_on: Clips that the encoder was trained on, (n,), to count those of the test among them; None: not known.
     Returns:
         "top1", "top5" and "mean_class" as fractions of one, "confusion" (K, K) as nested lists, and the record. A
         class ranks by its votes, then by its nearest sample; "top5" counts test clips whose class is in the first five.
@@ -215,7 +221,7 @@ def evaluate_knn(
         "top5": int((ranking == test.labels[:, None]).any(1).sum()) / len(test),
         "mean_class": mean_class_accuracy(confusion),
         "k": k,
-        **_record("knn", encoder, dataset, split, view_spec, (train, test), protocol, run, precision),
+        **_record("knn", encoder, dataset, split, view_spec, (train, test), protocol, run, precision, trained_on),
         "confusion": confusion.tolist(),
     }
     if out is not None:
@@ -241,6 +247,7 @@ def evaluate_linear(
     cache: str | os.PathLike[str] | None = None,
     precision: str = "fp32",
     progress: bool = True,
+    trained_on: NDArray[np.int64] | None = None,
 ) -> dict[str, Any]:
     """Train a linear layer on the training clips' features and classify the test clips.
 
@@ -260,6 +267,7 @@ def evaluate_linear(
         cache: Folder for cached features; None: no cache.
         precision: "fp32" or "bf16", of the encoder.
         progress: Show a progress bar.
+        trained_on: Clips that the encoder was trained on, (n,), to count those of the test among them; None: not known.
     Returns:
         "top1", "top5" and "mean_class" after the last epoch, as fractions of one; "best_top1" over all epochs read,
         which is what the reference reports and selects on the test set; "confusion" (K, K), "history", and the record.
@@ -292,7 +300,7 @@ def evaluate_linear(
         "best_epoch": probe.best_epoch,
         "note": "top1 is that of the last epoch; best_top1 is chosen on the test set, as the reference reports it",
         "config": asdict(probe.config),
-        **_record("linear", encoder, dataset, split, view_spec, (train, test), protocol, run, precision),
+        **_record("linear", encoder, dataset, split, view_spec, (train, test), protocol, run, precision, trained_on),
         "history": [asdict(row) for row in probe.history],
         "confusion": probe.confusion.tolist(),
     }

@@ -3,6 +3,7 @@
 from fastskel.train.checkpoint import Checkpoint, load_encoder, read_checkpoint
 from fastskel.train.device import choose_device
 from fastskel.train.pretrain import Monitor, TrainingStopped, pretrain
+from fastskel.train.record import trained_clips
 from fastskel.train.stage import Recipe, Stage
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "load_encoder",
     "pretrain",
     "read_checkpoint",
+    "trained_clips",
 ]

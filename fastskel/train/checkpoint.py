@@ -167,10 +167,11 @@ def read_checkpoint(path: str | os.PathLike[str], *, optimizer: bool = False) ->
     return Checkpoint(folder, state, tensors[MODEL_FILE], tensors[OPTIMIZER_FILE])
 
 
-def _eval_view(described: Mapping[str, Any]) -> ViewSpec:
+def _eval_view(described: Mapping[str, Any], topology: str) -> ViewSpec:
     fields = {f.name for f in dataclasses.fields(ViewSpec)}
     plain = {k: v for k, v in described.items() if k in fields - {"crop", "spatial"}}
-    return ViewSpec(**plain, crop=CenterCrop(described["crop"]["ratio"]))
+    # an encoder knows the joints by their order: data of another skeleton is refused
+    return ViewSpec(**{**plain, "topology": topology}, crop=CenterCrop(described["crop"]["ratio"]))
 
 
 def load_encoder(path: str | os.PathLike[str]) -> tuple[Encoder, ViewSpec, Checkpoint]:
@@ -178,10 +179,19 @@ def load_encoder(path: str | os.PathLike[str]) -> tuple[Encoder, ViewSpec, Check
 
     Returns:
         The encoder of views (N, T, M, V, C), how its views are made, and the checkpoint.
+    Raises:
+        ValueError: If the checkpoint is damaged or incomplete, naming the file.
     """
     checkpoint = read_checkpoint(path)
-    described = checkpoint.state["encoder"]
-    encoder = ENCODERS[described["name"]](**described["config"])
+    try:
+        described = checkpoint.state["encoder"]
+        encoder = ENCODERS[described["name"]](**described["config"])
+        view = _eval_view(checkpoint.state["eval_view"], checkpoint.state["topology"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"load_encoder: {checkpoint.path / STATE_FILE} must describe the encoder and its view, got {error!r}. "
+            "Use another checkpoint."
+        ) from error
     own = {name: value for name, value in checkpoint.model.items() if name.startswith("encoder.")}
     load_weights({"encoder": encoder}, own, checkpoint.path / MODEL_FILE)
-    return encoder.eval(), _eval_view(checkpoint.state["eval_view"]), checkpoint
+    return encoder.eval(), view, checkpoint

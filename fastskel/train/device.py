@@ -6,6 +6,9 @@ import torch
 
 __all__ = ["choose_device"]
 
+# what trains and is tested; torch has more kinds, without autocast or storage
+DEVICES = ("cpu", "cuda")
+
 
 def choose_device(name: str) -> torch.device:
     """Turn a device's name into a device that works.
@@ -20,6 +23,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type not in DEVICES:
+            raise RuntimeError(f"not one of {', '.join(DEVICES)}")
     except (RuntimeError, AssertionError) as error:
         # a torch built without a backend asserts, one without its hardware or of an unknown name raises
         reason = str(error).splitlines()[0]

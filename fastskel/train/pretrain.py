@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -19,13 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastskel.atomic import atomic_folder, atomic_write
 from fastskel.data.batch import Batch
 from fastskel.data.loader import Loader
 from fastskel.data.packed import PackedDataset
 from fastskel.models.encoder import ENCODERS, Encoder
 from fastskel.objectives.objective import OBJECTIVES, Objective, Terms
-from fastskel.provenance import provenance
 from fastskel.train.checkpoint import (
     Checkpoint,
     load_weights,
@@ -36,18 +32,16 @@ from fastskel.train.checkpoint import (
     weights,
 )
 from fastskel.train.device import choose_device
+from fastskel.train.record import create_record, note_resumed, origin, resume_record, run_identity
 from fastskel.train.runlog import RunLog
 from fastskel.train.stage import Stage, describe
 
 __all__ = ["Monitor", "TrainingStopped", "pretrain"]
 
-CONFIG_FILE = "config.json"
 # checkpoints kept per run: the newest, and one before it in case the disk damages the newest
 KEPT_CHECKPOINTS = 2
 # below this mean deviation over the batch all embeddings are one point: nothing is left to learn from
 COLLAPSED_DEVIATION = 1e-5
-# settings that change neither weights nor log records of a step: a resumed run may have others
-FREE_SETTINGS = ("num_threads", "checkpoint_steps", "log_steps", "name")
 
 # called at the end of each epoch with (encoder in eval mode, epoch); returns named figures for the log
 Monitor = Callable[[Encoder, int], Mapping[str, float]]
@@ -96,6 +90,12 @@ class _Run:
                     f"pretrain: {checkpoint.path} must hold the optimiser of this model, got {name!r}. Use its own config."
                 )
             state.setdefault(names[name], {})[kind] = value
+        lacking = [name for name, number in names.items() if number not in state and checkpoint.state["step"]]
+        if lacking:
+            raise ValueError(
+                f"pretrain: {checkpoint.path} must hold the optimiser of every parameter, got none for {lacking[:3]}. "
+                "Use another checkpoint."
+            )
         load_weights(self.modules, checkpoint.model, checkpoint.path)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.loader.load_state_dict(checkpoint.state["loader"])
@@ -187,56 +187,6 @@ def _check(figures: Mapping[str, float], run: _Run, batch: Batch, lr: float) -> 
         )
 
 
-def _identity(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | None) -> dict[str, Any]:
-    """Everything a resumed run must share with the killed one; the rest may change."""
-    chosen = None
-    if indices is not None:
-        # their order counts: it is what an epoch's permutation permutes
-        ordered = np.ascontiguousarray(indices, dtype="<i8")
-        chosen = {"num": len(ordered), "sha256": hashlib.sha256(ordered.tobytes()).hexdigest()}
-    kept = {k: v for k, v in describe(stage).items() if k not in FREE_SETTINGS}
-    # through JSON, as what it is compared with
-    identity: dict[str, Any] = json.loads(
-        json.dumps({"stage": kept, "data": dataset.meta["checksums"], "indices": chosen})
-    )
-    return identity
-
-
-def _create_folder(folder: Path, config: Mapping[str, Any]) -> None:
-    if folder.exists():
-        resumable = (folder / CONFIG_FILE).exists()
-        actual = "the folder of another run" if resumable else "something that is there"
-        advice = "Resume it, or choose another folder" if resumable else "Choose another folder"
-        raise ValueError(f"pretrain: {folder} must be new, got {actual}. {advice}.")
-    # with its config or not at all: a run killed at any time can be resumed or begun again
-    with atomic_folder(folder) as scratch:
-        (scratch / "checkpoints").mkdir()
-        (scratch / CONFIG_FILE).write_text(json.dumps(config, indent=1))
-
-
-def _resumable_config(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    if not path.exists():
-        raise ValueError(
-            f"pretrain: {folder} must hold a run to resume, got no {CONFIG_FILE}. Start it without resuming."
-        )
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        before, stage = config["identity"], identity["stage"]
-        changed = sorted(k for k, v in before["stage"].items() if k not in FREE_SETTINGS and v != stage.get(k))
-        changed += [k for k in ("data", "indices") if before[k] != identity[k]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"pretrain: {path} must be the record of a run, got one that cannot be read ({error!r}). Start a new run."
-        ) from error
-    if changed:
-        raise ValueError(
-            f"pretrain: a resumed run must keep its configuration and data, got other {', '.join(changed)} than in {path}. "
-            "Give the run's own settings, or start a new run."
-        )
-    return config
-
-
 def _monitored(run: _Run, monitors: Sequence[Monitor], epoch: int) -> dict[str, float]:
     if not monitors:
         return {}
@@ -317,9 +267,9 @@ def pretrain(
         )
     place, folder = choose_device(device), Path(out)
     run = _build(stage, dataset, indices, place)
-    identity = _identity(stage, dataset, indices)
+    identity = run_identity(stage, dataset, indices)
     if resume:
-        config = _resumable_config(folder, identity)
+        config = resume_record(folder, identity)
         if (last := newest(folder)) is not None:
             try:
                 run.load(read_checkpoint(last, optimizer=True))
@@ -327,13 +277,10 @@ def pretrain(
                 raise ValueError(f"{error} Remove {last} to go on from the checkpoint before it.") from error
             if run.step == run.total_steps:
                 return last
-        # the run may go on with other versions than it began with: equal bits are promised for equal versions
-        config.setdefault("resumed", []).append({"step": run.step, **provenance()})
-        with atomic_write(folder / CONFIG_FILE) as scratch:
-            scratch.write_text(json.dumps(config, indent=1))
+        note_resumed(folder, config, run.step, origin(place))
     else:
-        origin = {"data": str(dataset.path), "device": str(place), **provenance()}
-        _create_folder(folder, {"recipe": describe(recipe or {}), **origin, "identity": identity})
+        about = {"recipe": describe(recipe or {}), "data": str(dataset.path), **origin(place), "identity": identity}
+        create_record(folder, about, indices)
     try:
         with (
             contextlib.closing(RunLog(folder, run.step, tensorboard)) as log,

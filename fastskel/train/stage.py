@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from fastskel.data.packed import PackedDataset
-from fastskel.data.views import ViewSpec
+from fastskel.data.views import CenterCrop, ViewSpec
 
 __all__ = ["Precision", "Recipe", "Stage", "describe"]
 
@@ -69,11 +70,15 @@ class Stage:
                     f"Stage: {name} must be at least {least}, got {getattr(self, name)}. Give a larger number."
                 )
         # written so that NaN fails
-        if not (self.lr > 0 and self.lr_factor > 0 and self.weight_decay >= 0):
+        if not (0 < self.lr < math.inf and 0 < self.lr_factor < math.inf and 0 <= self.weight_decay < math.inf):
             raise ValueError(
-                "Stage: lr and lr_factor must be positive and weight_decay not negative, "
+                "Stage: lr and lr_factor must be positive, weight_decay not negative, and all finite, "
                 f"got {self.lr}, {self.lr_factor} and {self.weight_decay}. Fix them."
             )
+        if any(milestone < 1 for milestone in self.milestones):
+            raise ValueError(f"Stage: milestones must be epochs from 1 on, got {self.milestones}. Leave the others out.")
+        if self.eval_view.spatial or not isinstance(self.eval_view.crop, CenterCrop):
+            raise ValueError("Stage: eval_view must draw nothing, got a random one. Use fastskel.data.eval_view.")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"Stage: precision must be fp32 or bf16, got {self.precision!r}. Choose one.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastskel.data import Loader, make_synthetic
 from fastskel.data.batch import View
 from fastskel.data.views import eval_view, usdrl_views
 from fastskel.models import DSTE, STTR
-from fastskel.skeleton import topology
+from fastskel.skeleton import stream, topology
 from fastskel.train import pretrain
 from fastskel.train.checkpoint import load_encoder, read_checkpoint
 from fastskel.train.stage import Stage
@@ -385,3 +386,24 @@ def test_export_refuses_what_the_reference_cannot_express(dataset, tmp_path):
     with pytest.raises(ValueError, match="must hold usdrl-dste or usdrl-sttr trained with mgfd, got gru"):
         export(deep, tmp_path / "out.pth.tar")
     assert not (tmp_path / "out.pth.tar").exists()
+
+
+@pytest.mark.parametrize("t_input, joints", [(150, 25), (102, 17)])
+@pytest.mark.parametrize("modality", ["joint", "bone", "motion"])
+def test_a_published_file_sees_its_own_modality(publish, t_input, joints, modality):
+    """The view that comes with the encoder makes of a clip what the reference's model makes of it."""
+    path = publish(t_input=t_input)
+    encoder, view = load_published_encoder(path, announce=silent, modality=modality)
+    raw = clips(joints)
+    seen = stream(raw.clips, view.stream, raw.topology, view.bone_variant)
+    reference = dste.USDRL(t_input, FRAMES * 3, WIDTH, 1, 2, modality=modality).eval()
+    reference.load_state_dict({k.removeprefix("module."): v for k, v in torch.load(path)["state_dict"].items()})
+    y_t, y_s = reference.backbone(*reference.modality_generation(raw.clips.permute(0, 4, 1, 3, 2), modality))
+    torch.testing.assert_close(encoder(replace(raw, clips=seen)).pooled, torch.cat([y_t.amax(1), y_s.amax(1)], -1))
+
+
+def test_bodies_follow_from_the_skeleton_of_the_data(publish):
+    encoder, _ = load_published_encoder(publish(t_input=120), announce=silent, topology=topology("kinect-20-utd"))
+    assert (encoder.config["num_joints"], encoder.config["num_bodies"]) == (20, 2)
+    with pytest.raises(ValueError, match="the 40 spatial tokens of .* must be bodies of 25 joints, as ntu-25 has"):
+        load_published_encoder(publish(t_input=120), announce=silent, topology=topology("ntu-25"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ def state_of(modules: dict[str, torch.nn.Module]) -> dict:
         "encoder": {"name": "usdrl-dste", "config": modules["encoder"].config},
         "objective": {"name": "mgfd", "options": {}},
         "eval_view": eval_view(4, "bone", "none"),
+        "topology": "ntu-25",
     }
 
 
@@ -69,7 +71,7 @@ def test_a_checkpoint_comes_back(saved):
         assert torch.equal(checkpoint.optimizer["encoder.spe/exp_avg"], torch.ones(1, 5, 4))
     assert read_checkpoint(saved).optimizer == {}
     encoder, view, checkpoint = load_encoder(saved)
-    assert not encoder.training and view == eval_view(4, "bone", "none")
+    assert not encoder.training and view == replace(eval_view(4, "bone", "none"), topology="ntu-25")
     assert torch.equal(encoder.spe, modules["encoder"].spe)
     # both halves of a layer still share one attention
     assert encoder.t_tr.CA.attn is encoder.t_tr.DSA.attn
@@ -222,7 +224,7 @@ def test_prune_keeps_the_newest_and_clears_what_killed_writers_left(saved):
 
 def test_sttr_comes_back(tmp_path):
     encoder = STTR(num_joints=5, num_bodies=1, num_frames=4, width=4)
-    state = {"encoder": {"name": "usdrl-sttr", "config": encoder.config}, "eval_view": eval_view(4)}
+    state = {"encoder": {"name": "usdrl-sttr", "config": encoder.config}, "eval_view": eval_view(4), "topology": "ntu-25"}
     loaded, _, _ = load_encoder(save_checkpoint(tmp_path, 0, {"encoder": encoder}, state))
     assert all(
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), encoder.state_dict().values(), strict=True)

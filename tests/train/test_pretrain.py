@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,9 +18,19 @@ import torch
 from safetensors.torch import load_file
 
 from fastskel.data import PackedDataset, make_synthetic
+from fastskel.data.identity import dataset_identity
 from fastskel.objectives import MGFD
 from fastskel.recipes import RECIPES
-from fastskel.train import Stage, TrainingStopped, checkpoint, choose_device, load_encoder, pretrain, read_checkpoint
+from fastskel.train import (
+    Stage,
+    TrainingStopped,
+    checkpoint,
+    choose_device,
+    load_encoder,
+    pretrain,
+    read_checkpoint,
+    trained_clips,
+)
 
 NUM_CLIPS, BATCH_SIZE = 24, 8
 STEPS_PER_EPOCH = NUM_CLIPS // BATCH_SIZE
@@ -39,7 +50,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
 def make_stage(dataset: PackedDataset, *, name: str = "pretrain", **settings) -> Stage:
     small = dict(
         width=16, num_layers=1, frames=16, crop_min_frames=16, num_views=2, batch_size=BATCH_SIZE, epochs=2,
-        milestones=(1,), warmup_steps=2,
+        milestones=(1,), warmup_steps=2, lr=5e-4, shear=1.0,
     )  # fmt: skip
     (stage,) = replace(RECIPES["usdrl-demo"](), **(small | settings)).stages(dataset)
     return replace(stage, name=name)
@@ -124,7 +135,8 @@ def test_run_folder(dataset, finished) -> None:
     assert (config["data"], config["device"]) == (str(dataset.path), "cpu")
     assert "commit" in config
     assert config["identity"]["stage"]["lr"] == 5e-4
-    assert config["identity"]["data"] == dataset.meta["checksums"]
+    assert config["identity"]["data"] == dataset_identity(dataset)
+    assert config["threads"] == torch.get_num_threads()
     state = json.loads((last / "state.json").read_text())
     assert (state["step"], state["total_steps"], state["topology"]) == (6, 6, "ntu-25")
     assert (state["epoch"], state["loader"]["epoch"], state["loader"]["position"]) == (2, 2, 0)
@@ -296,6 +308,35 @@ def test_resuming_a_finished_run_does_nothing(dataset, finished) -> None:
 def test_resuming_with_another_configuration_is_refused(dataset, finished, settings, named) -> None:
     with pytest.raises(ValueError, match=f"pretrain: a resumed run must keep its configuration and data, got {named}"):
         train(dataset, finished, stage=make_stage(dataset, **settings), resume=True)
+
+
+def test_the_same_frames_of_another_skeleton_are_other_data(dataset, finished) -> None:
+    other = replace(dataset, topology=replace(dataset.topology, name="ntu-25-reordered"))
+    with pytest.raises(ValueError, match="got other data than in"):
+        train(other, finished, resume=True)
+
+
+def test_a_run_knows_its_clips(dataset, finished, tmp_path) -> None:
+    assert trained_clips(finished, dataset).tolist() == list(range(len(dataset)))
+    some = np.array([5, 2, 9, 11, 3, 1, 0, 8])
+    train(dataset, tmp_path / "some", stage=make_stage(dataset, epochs=1, batch_size=4), indices=some)
+    assert trained_clips(tmp_path / "some", dataset).tolist() == some.tolist()
+    other = make_synthetic(tmp_path / "other", num_clips=NUM_CLIPS, num_classes=3, num_subjects=4, seed=1)
+    assert trained_clips(tmp_path / "some", other).tolist() == []
+    assert trained_clips(tmp_path, dataset) is None
+    (tmp_path / "some" / "indices.npy").unlink()
+    with pytest.raises(ValueError, match=r"config.json and indices.npy must be the record of a run"):
+        trained_clips(tmp_path / "some", dataset)
+
+
+def test_resuming_with_other_threads_warns(dataset, tmp_path) -> None:
+    train(dataset, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**record, "threads": 64}))
+    for path in sorted((tmp_path / "run" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(path)
+    with pytest.warns(UserWarning, match="goes on with other threads than it began with"):
+        train(dataset, tmp_path / "run", resume=True)
 
 
 def test_resuming_with_other_data_is_refused(dataset, finished, tmp_path) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from fastskel.atomic import atomic_write
 from fastskel.compat.usdrl import dste, sttr
-from fastskel.compat.usdrl.wrappers import CHANNELS
+from fastskel.compat.usdrl.wrappers import CHANNELS, bones
 from fastskel.data.views import ViewSpec, eval_view
 from fastskel.models.encoder import ENCODERS, Encoder
+from fastskel.skeleton import Topology
 from fastskel.train.checkpoint import Checkpoint, read_checkpoint
 
 __all__ = ["DEFAULTS", "Published", "export", "load_downstream", "load_published_encoder", "read_published"]
@@ -185,6 +186,7 @@ def load_published_encoder(
     path: str | os.PathLike[str],
     *,
     num_bodies: int | None = None,
+    topology: Topology | None = None,
     announce: Callable[[str], None] = print,
     **settings: Any,
 ) -> tuple[Encoder, ViewSpec]:
@@ -192,7 +194,9 @@ def load_published_encoder(
 
     Args:
         path: File written by the reference or by `export`.
-        num_bodies: Bodies M that the spatial tokens are shared among; None assumes two, or one of an odd number.
+        num_bodies: Bodies M that the spatial tokens are shared among; None takes as many as the topology's joints fit in,
+            or assumes two, or one of an odd number.
+        topology: Skeleton V of the data it will see, which must be the one it was trained on.
         announce: Where the sizes read and the defaults assumed are reported.
         settings: What the file does not record: `num_head`, `gap`, `alpha`, `modality`.
     Returns:
@@ -206,6 +210,13 @@ def load_published_encoder(
     with torch.device("meta"):
         config = MODULES[published.backbone].Downstream(**published.inferred, **chosen).backbone.config
     tokens = config["num_joints"] * config["num_bodies"]
+    if num_bodies is None and topology is not None:
+        if tokens % topology.num_joints:
+            raise ValueError(
+                f"load: the {tokens} spatial tokens of {published.path} must be bodies of {topology.num_joints} joints, as "
+                f"{topology.name} has; they are not. Pack the data with the skeleton it was trained on."
+            )
+        num_bodies = tokens // topology.num_joints
     if num_bodies is not None:
         if num_bodies < 1 or tokens % num_bodies:
             raise ValueError(
@@ -217,7 +228,9 @@ def load_published_encoder(
     announce(f"{published.path.name}: {config['num_joints']} joints of {config['num_bodies']} bodies ({origin})")
     encoder = ENCODERS[f"usdrl-{published.backbone}"](**config)
     _load_strictly(encoder, published, unused=(*PROJECTORS, "fc."), prefix="backbone.")
-    return encoder.eval(), eval_view(config["num_frames"], chosen["modality"], normalise="none")
+    # the reference's bones differ from the default ones for 17 joints
+    variant = bones(config["num_joints"])[1] if chosen["modality"] == "bone" else None
+    return encoder.eval(), eval_view(config["num_frames"], chosen["modality"], normalise="none", bone_variant=variant)
 
 
 def _native_name(key: str) -> str:
@@ -258,12 +271,12 @@ def export(
     Raises:
         ValueError: If the run holds anything the reference cannot express, or `out` exists or has no folder.
     """
+    checkpoint = read_checkpoint(run, optimizer=True)
     target = Path(out)
     if target.exists():
         raise ValueError(f"export: out must be new, got the existing {target}. Remove it or choose another name.")
     if not target.parent.is_dir():
         raise ValueError(f"export: out must be in an existing folder, got {target}. Create {target.parent} first.")
-    checkpoint = read_checkpoint(run, optimizer=True)
     model = _pretraining_model(checkpoint)
     model.load_state_dict({key: checkpoint.model[_native_name(key)] for key in model.state_dict()})
     config = checkpoint.state["encoder"]["config"]

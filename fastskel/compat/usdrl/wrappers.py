@@ -11,7 +11,7 @@ from fastskel.nn.init import init_usdrl
 from fastskel.objectives.mgfd import projector
 from fastskel.skeleton import Topology, stream, topology
 
-__all__ = ["DownstreamModel", "PretrainingModel", "sizes"]
+__all__ = ["DownstreamModel", "PretrainingModel", "bones", "sizes"]
 
 # coordinates per joint in everything the reference trains on
 CHANNELS = 3
@@ -46,7 +46,12 @@ def check_modality(modality: str) -> str:
     return modality
 
 
-def _bones(joints: int) -> tuple[Topology, str]:
+def bones(joints: int) -> tuple[Topology, str]:
+    """Return the skeleton and bone variant that the reference uses for clips (N, C, T, V, M) of V joints.
+
+    Raises:
+        ValueError: If the reference has no bones for so many joints.
+    """
     known = {25: ("ntu-25", "agcn"), 17: ("coco-17", "usdrl")}
     if joints not in known:
         raise ValueError(f"bone modality: joints must be one of {sorted(known)}, got {joints}. Use joint or motion.")
@@ -72,7 +77,7 @@ class PretrainingModel(nn.Module):
         clips = data_input.permute(0, 2, 4, 3, 1)
         kind = check_modality(modality)
         if kind == "bone":
-            clips = stream(clips, kind, *_bones(clips.shape[3]))
+            clips = stream(clips, kind, *bones(clips.shape[3]))
         elif kind == "motion":
             clips = torch.cat([clips[:, 1:] - clips[:, :-1], torch.zeros_like(clips[:, :1])], 1)
         return tokens(clips)

@@ -1,0 +1,35 @@
+"""What makes a packed data set the one it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+
+from fastskel.data.packed import PackedDataset
+
+__all__ = ["dataset_identity"]
+
+
+def dataset_identity(dataset: PackedDataset) -> str:
+    """Digest what results of a data set depend on: its recorded checksums, its skeleton, its normalisation.
+
+    The checksums are those that `meta.json` records; a file changed in place afterwards is found by
+    `open_dataset(..., verify=True)`, not here. Without them the frames, (sum T, M, V, C), are read.
+    """
+    digest = hashlib.sha256()
+    described = {
+        "topology": {
+            field.name: getattr(dataset.topology, field.name) for field in dataclasses.fields(dataset.topology)
+        },
+        "normalisation": dataset.meta.get("normalisation"),
+        "checksums": dataset.meta.get("checksums"),
+    }
+    digest.update(json.dumps(described, sort_keys=True, default=dict).encode())
+    if not described["checksums"]:
+        for array in (dataset.frames, dataset.offsets):
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
