@@ -2,9 +2,10 @@
 
 from fastskel.data.batch import Batch, DrawAddress, View
 from fastskel.data.loader import Loader
+from fastskel.data.normalise import prenorm
 from fastskel.data.pack import pack_arrays, pack_source
 from fastskel.data.packed import PackedDataset, open_dataset
-from fastskel.data.protocols import Split, split
+from fastskel.data.protocols import Split, holdout, semi, split
 from fastskel.data.synthetic import make_synthetic
 from fastskel.data.transforms import JointCorruption, OneOf, Shear, SpatialTransform
 from fastskel.data.views import CenterCrop, RandomCrop, ViewSpec, eval_view, make_view, usdrl_views
@@ -24,11 +25,14 @@ __all__ = [
     "View",
     "ViewSpec",
     "eval_view",
+    "holdout",
     "make_synthetic",
     "make_view",
     "open_dataset",
     "pack_arrays",
     "pack_source",
+    "prenorm",
+    "semi",
     "split",
     "usdrl_views",
 ]

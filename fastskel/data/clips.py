@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,16 @@ from numpy.typing import NDArray
 from fastskel.data.packed import check_column_name
 from fastskel.skeleton import Topology
 
-__all__ = ["ClipReader", "Columns", "Part", "plain_labels", "plain_names", "plain_segments", "plain_splits"]
+__all__ = [
+    "ClipReader",
+    "Columns",
+    "Part",
+    "plain_labels",
+    "plain_names",
+    "plain_segments",
+    "plain_splits",
+    "plain_strings",
+]
 
 # a clip of a split: its index or its name
 Part = int | str
@@ -23,10 +34,28 @@ def _fault(argument: str, contract: str, actual: object, action: str) -> ValueEr
     return ValueError(f"pack_arrays: {argument} must be {contract}, got {actual}. {action}.")
 
 
+def _is_list(values: object) -> bool:
+    # text is a list of characters to Python, a mapping one of keys, and a set has no order
+    if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Collection):
+        return False
+    return bool(getattr(values, "ndim", 1) > 0)
+
+
+def _whole(value: Any) -> int | None:
+    # rows of an array of segments hold whole numbers as floats; True is no number of anything
+    if hasattr(value, "item") and np.ndim(value) == 0:
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 class ClipReader:
     """Reads clips one by one as (T, M, V, C) float32 with the mask of their valid frames, (T,)."""
 
     def __init__(self, topology: Topology, names: Sequence[str] | None, num_frames: Any) -> None:
+        if names is not None and not _is_list(names):
+            raise _fault("names", "a list of strings", reprlib.repr(names), "Pass one name per clip")
         self.topology = topology
         self.names = names
         self.num_frames = None if num_frames is None else _integers("num_frames", num_frames)
@@ -40,7 +69,13 @@ class ClipReader:
             ValueError: If a clip cannot be packed, naming it.
         """
         number = -1
-        iterator = enumerate(clips)
+        fault = _fault("clips", "a list or generator", type(clips).__name__, "Put a single clip into a list")
+        if isinstance(clips, (str, bytes, os.PathLike, Mapping)):
+            raise fault
+        try:
+            iterator = enumerate(clips)
+        except TypeError as error:
+            raise fault from error
         while True:
             try:
                 number, clip = next(iterator)
@@ -109,6 +144,8 @@ class Columns:
     """Columns of the n clips, with one value per clip, (n,), or per frame, (T,) for each clip."""
 
     def __init__(self, columns: Mapping[str, Any], where: str) -> None:
+        if not isinstance(columns, Mapping):
+            raise _fault("columns", "a mapping from name to values", reprlib.repr(columns), "Name the columns")
         lowered = [str(name).lower() for name in columns]
         if len(set(lowered)) != len(lowered):
             # some file systems do not tell their files apart
@@ -118,7 +155,10 @@ class Columns:
         self._taken: dict[str, list[NDArray[Any]]] = {}
         for name, values in columns.items():
             check_column_name(name, "pack_arrays", where)
-            if len(values) and all(np.ndim(value) == 1 for value in values):
+            if not _is_list(values):
+                contract = "a list with one value per clip, or of arrays with one value per frame"
+                raise _fault(f"column {name!r}", contract, reprlib.repr(values), "Correct it")
+            if len(values) and all(_is_list(value) for value in values):
                 self._frame[name], self._taken[name] = values, []
             else:
                 self._clip[name] = _plain_column(name, values)
@@ -165,9 +205,12 @@ def _plain_column(name: str, values: Any) -> NDArray[Any]:
         column = np.asarray(values)
     except ValueError as error:
         raise _fault(f"column {name!r}", "one plain value per clip or frame", error, "Flatten it") from error
-    if column.dtype.kind not in "biufU" or column.ndim != 1:
+    # wider numbers differ from machine to machine, and tensors cannot hold them
+    if column.dtype.kind not in "biufU" or column.ndim != 1 or (column.dtype.kind != "U" and column.itemsize > 8):
         actual = f"{column.dtype} with {column.ndim} axes"
-        raise _fault(f"column {name!r}", "numbers or strings along one axis", actual, "Convert it")
+        raise _fault(
+            f"column {name!r}", "numbers or strings along one axis, a number of at most 8 bytes", actual, "Convert it"
+        )
     return column.astype(np.int64) if column.dtype.kind == "i" else column
 
 
@@ -176,6 +219,20 @@ def _integers(argument: str, values: Any) -> NDArray[np.int64]:
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise _fault(argument, "whole numbers along one axis", f"{array.dtype} of shape {array.shape}", "Convert them")
     return array.astype(np.int64)
+
+
+def plain_strings(argument: str, values: Sequence[str]) -> list[str]:
+    """Return names of classes or channels, (K,).
+
+    Raises:
+        ValueError: If they are not a list of distinct strings.
+    """
+    if not _is_list(values) or not all(isinstance(value, str) for value in values):
+        raise _fault(argument, "a list of strings", reprlib.repr(values), "Pass a list, also of one name")
+    names = [str(value) for value in values]
+    if len(set(names)) != len(names):
+        raise _fault(argument, "distinct", names, "Rename one")
+    return names
 
 
 def plain_names(names: Sequence[str] | None, num_clips: int) -> NDArray[np.str_]:
@@ -226,19 +283,26 @@ def plain_splits(
     """Return protocol to part to clip indices, (k,) each, of clips given by index or by one of the names, (n,).
 
     Raises:
-        ValueError: If a clip is unknown, or twice in a protocol.
+        ValueError: If the form is another, or a clip is unknown, or twice in a protocol.
     """
+    form = "a mapping from string to "
+    if not isinstance(splits, Mapping) or not all(isinstance(name, str) for name in splits):
+        raise _fault("splits", f"{form}the parts of a protocol", reprlib.repr(splits), "Name the protocols")
     index = {str(name): number for number, name in enumerate(names)}
     done: dict[str, dict[str, list[int]]] = {}
     for protocol, parts in splits.items():
+        if not isinstance(parts, Mapping) or not all(isinstance(part, str) for part in parts):
+            raise _fault(f"splits[{protocol!r}]", f"{form}clips", reprlib.repr(parts), "Name its parts train and test")
         done[protocol] = {}
         seen: dict[int, str] = {}
         for part, members in parts.items():
             done[protocol][part] = []
+            where = f"splits[{protocol!r}][{part!r}]"
+            if not _is_list(members):
+                raise _fault(where, "a list of clips", reprlib.repr(members), "Pass names or indices")
             for member in members:
-                number = index.get(str(member), -1) if isinstance(member, str) else int(member)
-                where = f"splits[{protocol!r}][{part!r}]"
-                if not 0 <= number < len(names):
+                number = index.get(str(member)) if isinstance(member, str) else _whole(member)
+                if number is None or not 0 <= number < len(names):
                     raise _fault(where, f"names or indices of the {len(names)} clips", repr(member), "Remove it")
                 if number in seen:
                     actual = f"clip {number} ({str(names[number])!r}) in {seen[number]!r} too"
@@ -261,15 +325,22 @@ def plain_segments(
     Raises:
         ValueError: If a row does not fit its clip, naming the row.
     """
+    if not _is_list(segments):
+        raise _fault("segments", "a list of rows", reprlib.repr(segments), "Put a single one into a list")
     index = {str(name): number for number, name in enumerate(names)}
     rows = np.zeros((len(segments), 5))
     for number, row in enumerate(segments):
-        if not 4 <= len(row) <= 5:
-            raise _fault(f"segment {number}", "(clip, class, start, end[, confidence])", row, "Correct it")
-        clip = index.get(str(row[0]), -1) if isinstance(row[0], str) else int(row[0])
-        label, start, end = (int(value) for value in row[1:4])
-        confidence = float(row[4]) if len(row) == 5 else 1.0
-        if not 0 <= clip < len(names):
+        if not _is_list(row) or not 4 <= len(row) <= 5:
+            raise _fault(f"segment {number}", "(clip, class, start, end[, confidence])", repr(row), "Correct it")
+        clip = index.get(str(row[0])) if isinstance(row[0], str) else _whole(row[0])
+        label, start, end = (_whole(value) for value in row[1:4])
+        if label is None or start is None or end is None:
+            raise _fault(f"segment {number}", "of whole class, start and end", repr(row), "Correct or round it")
+        try:
+            confidence = float(row[4]) if len(row) == 5 else 1.0
+        except (TypeError, ValueError):
+            confidence = math.nan
+        if clip is None or not 0 <= clip < len(names):
             raise _fault(f"segment {number}", f"in one of the {len(names)} clips", repr(row[0]), "Correct it")
         valid = kept[clip]
         if not 0 <= start < end <= len(valid):
@@ -278,7 +349,7 @@ def plain_segments(
         if label < 0 or 0 < num_classes <= label:
             raise _fault(f"segment {number}", f"of a class in range({num_classes})", label, "Correct it")
         if not np.isfinite(confidence):
-            raise _fault(f"segment {number}", "of finite confidence", confidence, "Correct it")
+            raise _fault(f"segment {number}", "of finite confidence", repr(row[4]), "Correct it")
         before = np.concatenate([[0], np.cumsum(valid)])
         if before[start] == before[end]:
             raise _fault(f"segment {number}", "over at least one valid frame", "none", "Remove it or pass num_frames")

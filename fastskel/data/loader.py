@@ -87,6 +87,18 @@ class Loader:
             ValueError: If an argument is not as described.
         """
         chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices)
+        counts = {
+            "batch_size": batch_size,
+            "seed": seed,
+            "num_threads": num_threads,
+            "rank": rank,
+            "world_size": world_size,
+            "cache_bytes": cache_bytes,
+        }
+        for argument, value in counts.items():
+            _check(isinstance(value, (int, np.integer)), argument, "a whole number", repr(value), "Pass an int")
+        listed = isinstance(views, Sequence) and all(isinstance(spec, ViewSpec) for spec in views)
+        _check(listed, "views", "a sequence of ViewSpec", repr(views), "Put a single one into a list")
         _check(len(views) > 0, "views", "at least one ViewSpec", "none", "Use eval_view or usdrl_views")
         _check(batch_size >= 1, "batch_size", "at least 1", batch_size, "Choose a size")
         _check(num_threads >= 0, "num_threads", "at least 0", num_threads, "Use 0 to prepare batches inline")

@@ -71,6 +71,10 @@ def align_body(clip: NDArray[np.float32], topology: Topology, *, upright: bool =
     about y until the line from its left to its right side (hips and shoulders together) points along x. One rotation
     serves the whole clip, so motion, path and distances between bodies are kept, and the camera's position drops out.
 
+    A clip of which no frame shows every joint of the axes says nothing about where its body faces: it is not turned,
+    only moved as "center-first" does. An all-zero joint counts as absent, and of centred clips that is the pelvis in
+    every frame, so align before centring, not after; a view of data packed with a normalisation is refused.
+
     Args:
         clip: Joint positions, (T, M, V, 3), y up.
         topology: Skeleton of the V joints, with its `axes`.
@@ -91,7 +95,6 @@ def align_body(clip: NDArray[np.float32], topology: Topology, *, upright: bool =
     needed = sorted({joint for joints in axes.values() for joint in joints})
     complete = present[:, 0, needed].all(axis=-1)
     if not complete.any():
-        # nothing tells where the body faces
         return center(clip, topology, per_frame=False)
     body = clip[int(np.argmax(complete)), 0].astype(np.float64)
     point = {axis: body[list(joints)].mean(axis=0) for axis, joints in axes.items()}

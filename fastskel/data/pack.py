@@ -12,13 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastskel.data.clips import ClipReader, Columns, Part, plain_labels, plain_names, plain_segments, plain_splits
+from fastskel.data.clips import (
+    ClipReader,
+    Columns,
+    Part,
+    plain_labels,
+    plain_names,
+    plain_segments,
+    plain_splits,
+    plain_strings,
+)
 from fastskel.data.formats import FORMATS
 from fastskel.data.normalise import NORMALISATIONS, normalise
-from fastskel.data.packed import PackedDataset, open_dataset
+from fastskel.data.packed import UP_AXES, PackedDataset, open_dataset
 from fastskel.data.source import open_source
 from fastskel.data.writer import FramesWriter, destination, write_array, write_json, write_meta
-from fastskel.skeleton import Topology
+from fastskel.skeleton import TOPOLOGIES, Topology
 from fastskel.skeleton import topology as named_topology
 
 __all__ = ["PackSummary", "pack_arrays", "pack_source"]
@@ -79,17 +88,17 @@ def pack_arrays(
             differ from clip to clip (absent bodies become zero); V and C may not. Read one at a time, so a generator
             keeps memory small.
         out: Folder to create.
-        topology: Skeleton of the V joints, or its name.
+        topology: Skeleton of the V joints, registered in `TOPOLOGIES`, or its name.
         labels: Class of each clip, (n,), -1 where unknown; None: all unknown.
         names: Unique clip names, (n,); None: "clip-000000" and so on.
         columns: Column name to one value per clip, (n,), or to a list of n arrays with one value per frame, (T,) each.
         splits: Protocol to {"train": clips, "test": clips}, clips given by index or name.
         segments: Rows (clip, class, start, end[, confidence]), clip by index or name, end exclusive; they may overlap.
-        class_names: Names of the K classes.
+        class_names: Distinct names of the K classes.
         num_frames: Valid frames at the beginning of each clip, (n,); None: frames with any non-zero joint are valid.
             Other frames are dropped, with their values in per-frame columns, and segments follow.
-        num_bodies: Least M of the packed frames.
-        channels: Names of the C channels; None: x, y and z or score.
+        num_bodies: Least M of the packed frames, at least 1.
+        channels: Distinct names of the C channels; None: x, y and z or score.
         units: Unit of the coordinates, "metres", "pixels" or your own.
         up_axis: Axis that points up in the world, "-y" where y points down as in images.
         normalisation: Applied before writing: "none", "center", "center-first", "align" or "align-yaw".
@@ -99,11 +108,17 @@ def pack_arrays(
     Raises:
         ValueError: If an argument does not fit, naming the clip; nothing is left at `out`.
     """
-    layout = named_topology(topology) if isinstance(topology, str) else topology
+    layout = _registered(topology)
     _check_choice("normalisation", normalisation, NORMALISATIONS)
-    _check_choice("up_axis", up_axis, ("x", "y", "z", "-x", "-y", "-z"))
+    _check_choice("up_axis", up_axis, UP_AXES)
+    for argument, text in (("units", units), ("source", source)):
+        _check(isinstance(text, str), argument, "a string", text, "Name it")
+    whole = isinstance(num_bodies, (int, np.integer)) and not isinstance(num_bodies, bool)
+    _check(whole and num_bodies >= 1, "num_bodies", "a whole number of at least 1", num_bodies, "Pass a count")
+    classes = plain_strings("class_names", class_names)
+    channel_names = None if channels is None else plain_strings("channels", channels)
     reader = ClipReader(layout, names, num_frames)
-    values = Columns(columns or {}, where=os.fspath(out))
+    values = Columns({} if columns is None else columns, where=os.fspath(out))
     kept: list[NDArray[np.bool_]] = []
     bodies: list[int] = []
     with destination("pack_arrays", out) as scratch:
@@ -115,35 +130,36 @@ def pack_arrays(
                 frames = normalise(frames, normalisation, layout)
                 bodies.append(int(frames.any(axis=(0, 2, 3)).sum()))
                 writer.append(frames)
-            writer.finish(num_bodies)
+            writer.finish(int(num_bodies))
         finally:
             writer.close()
         clip_names = plain_names(names, len(kept))
-        if channels is None:
-            channels = ("x", "y", "score" if units == "pixels" else "z", *"wuvabcd")[: reader.num_channels]
-        if len(channels) != reader.num_channels:
+        if channel_names is None:
+            channel_names = ["x", "y", "score" if units == "pixels" else "z", *"wuvabcd"][: reader.num_channels]
+        if len(channel_names) != reader.num_channels:
             raise ValueError(
                 f"pack_arrays: channels must name the {reader.num_channels} channels of the clips, "
-                f"got {list(channels)}. Name each once."
+                f"got {channel_names}. Name each once."
             )
         meta = {
             "source": source,
             "topology": layout.name,
-            "channels": list(channels),
+            "channels": channel_names,
             "units": units,
             "up_axis": up_axis,
-            "class_names": list(class_names),
+            "class_names": classes,
             "normalisation": normalisation,
             "valid_frames_rule": "nonzero" if num_frames is None else "counted",
         }
         arrays: dict[str, NDArray[Any]] = {
             "names": clip_names,
-            "labels": plain_labels(labels, len(kept), len(class_names)),
+            "labels": plain_labels(labels, len(kept), len(classes)),
         }
-        if segments is not None and len(segments):
-            arrays["segments"] = plain_segments(segments, clip_names, kept, len(class_names))
-        if splits:
-            write_json(scratch / "splits.json", plain_splits(splits, clip_names))
+        rows = plain_segments(() if segments is None else segments, clip_names, kept, len(classes))
+        if len(rows):
+            arrays["segments"] = rows
+        if members := plain_splits({} if splits is None else splits, clip_names):
+            write_json(scratch / "splits.json", members)
         _write(scratch, meta, arrays, [int(valid.sum()) for valid in kept], bodies, values.finish(len(kept)))
     return open_dataset(out)
 
@@ -209,9 +225,24 @@ def pack_source(
     return PackSummary(Path(dst), len(names), sum(lengths), max(bodies), skipped, seconds)
 
 
+def _check(condition: bool, argument: str, contract: str, actual: object, action: str) -> None:
+    if not condition:
+        raise ValueError(f"pack_arrays: {argument} must be {contract}, got {actual!r}. {action}.")
+
+
 def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"pack_arrays: {argument} must be one of {', '.join(choices)}, got {value!r}. Choose one.")
+    _check(value in choices, argument, f"one of {', '.join(choices)}", value, "Choose one")
+
+
+def _registered(topology: str | Topology) -> Topology:
+    if isinstance(topology, str):
+        return named_topology(topology)
+    _check(isinstance(topology, Topology), "topology", "a name or a Topology", topology, "Choose one of TOPOLOGIES")
+    # the files hold its name alone: without an entry under it they could not be opened
+    same = topology.name in TOPOLOGIES and TOPOLOGIES[topology.name] == topology
+    advice = "Register it with TOPOLOGIES.add(name, topology), here and where the data is opened"
+    _check(same, "topology", "registered in TOPOLOGIES under its name", topology.name, advice)
+    return topology
 
 
 def _write(
@@ -229,3 +260,5 @@ def _write(
     for name, (_, array) in columns.items():
         write_array(scratch / f"{name}.npy", array)
     write_meta(scratch, {**meta, "columns": {name: kind for name, (kind, _) in columns.items()}})
+    # what could not be opened again must not appear at the destination
+    open_dataset(scratch)

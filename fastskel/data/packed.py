@@ -6,7 +6,8 @@ names.npy       (n,) fixed-width unicode, unique
 labels.npy      (n,) int64, -1 where unknown
 num_bodies.npy  (n,) int64, bodies seen in the clip
 <column>.npy    (n,) per clip or (sum T,) per frame
-segments.npy    (S, 5) float64, optional: clip, class, start, end (exclusive), confidence; they may overlap
+segments.npy    (S, 5) float64, optional: clip, class, start, end (exclusive), confidence; they may overlap, and be empty
+                or reversed (end <= start) where the source is
 splits.json     optional: protocol -> part -> clip indices
 meta.json       what the numbers mean, and the SHA-256 of every other file
 """
@@ -27,10 +28,19 @@ from numpy.typing import NDArray
 
 from fastskel.skeleton import TOPOLOGIES, Topology
 
-__all__ = ["FORMAT_VERSION", "SEGMENT_FIELDS", "PackedDataset", "check_column_name", "checksum", "open_dataset"]
+__all__ = [
+    "FORMAT_VERSION",
+    "SEGMENT_FIELDS",
+    "UP_AXES",
+    "PackedDataset",
+    "check_column_name",
+    "checksum",
+    "open_dataset",
+]
 
 FORMAT_VERSION = 1
 SEGMENT_FIELDS = ("clip", "class", "start", "end", "confidence")
+UP_AXES = ("x", "y", "z", "-x", "-y", "-z")
 _ARRAYS = ("frames", "offsets", "names", "labels", "num_bodies", "segments")
 _COLUMN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _META: dict[str, type] = {
@@ -245,6 +255,11 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     for key, kind in _META.items():
         if not isinstance(meta.get(key), kind):
             raise _fault(key, f"a {kind.__name__}", repr(meta.get(key)), path)
+    for key in ("channels", "class_names"):
+        if not all(isinstance(name, str) for name in meta[key]):
+            raise _fault(key, "a list of strings", repr(meta[key]), path)
+    if meta["up_axis"] not in UP_AXES:
+        raise _fault("up_axis", f"one of {', '.join(UP_AXES)}", repr(meta["up_axis"]), path)
     if meta["topology"] not in TOPOLOGIES:
         known = ", ".join(TOPOLOGIES)
         raise _fault("topology", f"one of {known}", meta["topology"], path, "Register it in TOPOLOGIES")
@@ -312,9 +327,11 @@ def _check(dataset: PackedDataset) -> None:
 
     starts = dataset.offsets[:2].tolist()
     need(num >= 1 and starts[0] == 0, "offsets.npy", "offsets", "0 and the end of at least one clip", starts)
-    steps = np.diff(dataset.offsets)
-    bad = int(np.argmin(steps))
-    need(bool(steps[bad] > 0), "offsets.npy", "offsets", "increasing", f"a step of {steps[bad]} at clip {bad}")
+    # compared, not subtracted: the difference of two offsets may not fit their type
+    rising = dataset.offsets[1:] > dataset.offsets[:-1]
+    bad = int(np.argmin(rising))
+    first, last = dataset.offsets[bad : bad + 2].tolist()
+    need(bool(rising[bad]), "offsets.npy", "offsets", "increasing", f"a step of {last - first} at clip {bad}")
     end = int(dataset.offsets[-1])
     need(end == total, "frames.npy", "frames", f"{end} as the offsets say", total)
     joints = dataset.frames.shape[2]
@@ -326,6 +343,9 @@ def _check(dataset: PackedDataset) -> None:
         length = len(getattr(dataset, file))
         need(length == num, f"{file}.npy", "length", f"{num}, one per clip", length)
     need(len(np.unique(dataset.names)) == num, "names.npy", "names", "unique", "duplicates")
+    most, least = int(dataset.num_bodies.max()), int(dataset.num_bodies.min())
+    room = dataset.num_bodies_max
+    need(least >= 0 and most <= room, "num_bodies.npy", "num_bodies", f"in 0 .. {room}", f"{least} .. {most}")
     classes = len(dataset.class_names)
     highest, lowest = int(dataset.labels.max()), int(dataset.labels.min())
     need(lowest >= -1, "labels.npy", "labels", "-1 or a class", lowest)
@@ -334,11 +354,29 @@ def _check(dataset: PackedDataset) -> None:
         expected = total if dataset.per_frame(name) else num
         need(len(column) == expected, f"{name}.npy", "length", str(expected), len(column))
     if dataset.segments is not None:
-        shape = dataset.segments.shape
-        need(shape[1] == len(SEGMENT_FIELDS), "segments.npy", "columns", ", ".join(SEGMENT_FIELDS), shape)
-        clips = dataset.segments[:, 0]
-        need(bool(((clips >= 0) & (clips < num)).all()), "segments.npy", "clips", f"in range({num})", "others")
+        _check_segments(dataset, dataset.segments)
     for protocol, parts in dataset.splits.items():
         for part, indices in parts.items():
             inside = bool(((indices >= 0) & (indices < num)).all()) and len(np.unique(indices)) == len(indices)
             need(inside, "splits.json", f"{protocol}/{part}", f"distinct indices in range({num})", "others")
+
+
+def _check_segments(dataset: PackedDataset, segments: NDArray[np.float64]) -> None:
+    path = dataset.path / "segments.npy"
+    if segments.shape[1] != len(SEGMENT_FIELDS):
+        raise _fault("columns", ", ".join(SEGMENT_FIELDS), str(segments.shape), path)
+    clip, label, start, end = segments[:, :4].T
+    num, classes = len(dataset), len(dataset.class_names)
+    whole = (segments[:, :4] == np.floor(segments[:, :4])).all(axis=1) & np.isfinite(segments).all(axis=1)
+    known = whole & (clip >= 0) & (clip < num)
+    frames = dataset.num_frames[np.where(known, clip, 0).astype(np.int64)]
+    # end <= start is let through: a published list holds such a segment, and only its user can say what it means
+    for contract, fits in (
+        ("finite, its clip, class, start and end whole", whole),
+        (f"of a clip in range({num})", known),
+        (f"of a class in range({classes or 'K'})", (label >= 0) & ((label < classes) | (classes == 0))),
+        ("of start and end within its clip", (start >= 0) & (start <= frames) & (end >= 0) & (end <= frames)),
+    ):
+        if not fits.all():
+            row = int(np.argmin(fits))
+            raise _fault(f"segment {row}", contract, str(segments[row].tolist()), path)

@@ -161,12 +161,12 @@ def semi(
     """Choose the labelled part of the training clips for semi-supervised evaluation.
 
     Args:
-        train: Training clips, (k,).
-        labels: Class of every clip of the data set, (n,).
+        train: Training clips, (k,); those labelled -1 are left out first, whatever `balanced` says.
+        labels: Class of every clip of the data set, (n,), -1 where unknown.
         fraction: Part to keep, in (0, 1].
         seed: Seed of the permutation.
         balanced: Keep the fraction of every class, at least one clip of each; otherwise the first int(k * fraction)
-            of a permutation whatever their classes, as the reference does.
+            of a permutation of the k labelled clips whatever their classes, as the reference does.
     Returns:
         Chosen clips, ascending, (l,).
     Raises:
@@ -176,6 +176,7 @@ def semi(
 
     if not 0 < fraction <= 1:
         raise ValueError(f"semi: fraction must be in (0, 1], got {fraction}. Choose another.")
+    train = train[labels[train] != -1]
     order = train[permutation(seed, 0, len(train), Use.SUBSET)] if len(train) else train
     if balanced:
         parts = [order[labels[order] == label] for label in np.unique(labels[train])]
@@ -183,7 +184,9 @@ def semi(
     else:
         chosen = order[: int(len(order) * fraction)]
     if len(chosen) == 0:
-        raise ValueError(f"semi: fraction must leave at least one of {len(train)} clips, got {fraction}. Raise it.")
+        raise ValueError(
+            f"semi: fraction must leave at least one of {len(train)} clips with a label, got {fraction}. Raise it."
+        )
     return np.sort(chosen)
 
 

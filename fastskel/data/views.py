@@ -67,6 +67,8 @@ class RandomCrop:
         if not 0 <= self.low <= self.high <= 1:
             shares = f"{self.low}, {self.high}"
             raise ValueError(f"RandomCrop: low and high must be 0 <= low <= high <= 1, got {shares}. Give shares.")
+        if not isinstance(self.min_frames, (int, np.integer)):
+            raise ValueError(f"RandomCrop: min_frames must be a whole number, got {self.min_frames!r}. Give a number.")
         if self.min_frames < 1:
             raise ValueError(f"RandomCrop: min_frames must be at least 1, got {self.min_frames}. Give a number.")
 
@@ -105,6 +107,10 @@ class ViewSpec:
     topology: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.frames, (int, np.integer)):
+            raise ValueError(
+                f"ViewSpec: frames must be a whole number, got {self.frames!r}. Give the length of the view."
+            )
         if self.frames < 1:
             raise ValueError(f"ViewSpec: frames must be at least 1, got {self.frames}. Give the length of the view.")
         if self.stream not in STREAMS:
@@ -120,6 +126,13 @@ class ViewSpec:
             raise ValueError(
                 f"ViewSpec: topology must be that of the data set {dataset.path}, {dataset.topology.name!r}, "
                 f"got {self.topology!r}. Change the spec or pack the data with that skeleton."
+            )
+        # a zero counts as absent, so normalised clips lack their pelvis and aligning would leave every one as it is
+        if self.normalise in ("align", "align-yaw") and dataset.meta["normalisation"] != "none":
+            raise ValueError(
+                f"ViewSpec: normalise must be 'none' or a kind of centring for data packed as "
+                f"{dataset.meta['normalisation']!r}, got {self.normalise!r} for {dataset.path}. "
+                "Pack the data with normalisation='none' to align it."
             )
         if self.spatial and dataset.channels not in (2, 3):
             raise ValueError(
@@ -164,7 +177,11 @@ def normalised(dataset: PackedDataset, kind: str) -> PackedDataset:
     """The same data set with every clip (T, M, V, C) normalised once, held in memory; `kind` as in `ViewSpec`.
 
     Views of the result with normalise="none" equal views of the data set with this kind, bit for bit.
+
+    Raises:
+        ValueError: If the kind is unknown or does not fit the data set.
     """
+    ViewSpec(normalise=kind).check(dataset)
     if kind == "none":
         return dataset
     frames = np.empty(dataset.frames.shape, np.float32)

@@ -24,7 +24,12 @@ def memory_dataset():
             frames[:, 1:] = 0
         return PackedDataset(
             path=Path("in-memory"),
-            meta={"source": "custom", "class_names": [], "columns": {key: kind for key, _, kind in columns}},
+            meta={
+                "source": "custom",
+                "class_names": [],
+                "columns": {key: kind for key, _, kind in columns},
+                "normalisation": "none",
+            },
             topology=skeleton,
             frames=frames,
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from fastskel.data import pack
 from fastskel.data.formats import FORMATS
 from fastskel.data.packed import open_dataset
+from fastskel.skeleton import topology
 
 JOINTS = 15
 
@@ -101,6 +103,47 @@ ARRAYS = {
         "segment 0 must be of a class",
     ),
     "segment short": ([clip()], {"segments": [(0, 0, 0)]}, "segment 0 must be"),
+    "segments a number": ([clip()], {"segments": 5}, "segments must be a list of rows, got 5"),
+    "segment a number": ([clip()], {"segments": [5]}, r"segment 0 must be \(clip, class, start, end.* got 5"),
+    "segment of class x": ([clip()], {"segments": [(0, "x", 0, 1)]}, "segment 0 must be of whole class, start and end"),
+    "segment of class NaN": ([clip()], {"segments": [(0, np.nan, 0, 1)]}, "segment 0 must be of whole class"),
+    "segment of class None": ([clip()], {"segments": [(0, None, 0, 1)]}, "segment 0 must be of whole class"),
+    "segment of half a clip": ([clip()], {"segments": [(0.5, 0, 0, 1)]}, "segment 0 must be in one of the 1 clips"),
+    "segment of clip None": ([clip()], {"segments": [(None, 0, 0, 1)]}, "segment 0 must be in one of the 1 clips"),
+    "segment between frames": ([clip()], {"segments": [(0, 0, 0.2, 2.7)]}, r"whole .* got \(0, 0, 0.2, 2.7\)"),
+    "segment of confidence None": ([clip()], {"segments": [(0, 0, 0, 1, None)]}, "of finite confidence, got None"),
+    "segment of confidence NaN": ([clip()], {"segments": [(0, 0, 0, 1, np.nan)]}, "of finite confidence, got nan"),
+    "splits a list": ([clip()], {"splits": [[0]]}, r"splits must be a mapping .* got \[\[0\]\]"),
+    "split of no name": ([clip()], {"splits": {1: {"train": [0]}}}, "splits must be a mapping from string"),
+    "split a list": ([clip()], {"splits": {"p": [0]}}, r"splits\['p'\] must be a mapping .* got \[0\]"),
+    "part of no name": ([clip()], {"splits": {"p": {0: [0]}}}, r"splits\['p'\] must be a mapping from string"),
+    "part None": ([clip()], {"splits": {"p": {"train": None}}}, r"\['train'\] must be a list of clips, got None"),
+    "part a string": ([clip()], {"names": "a", "splits": {"p": {"train": "a"}}}, "names must be a list of strings"),
+    "part one name": (
+        [clip()],
+        {"names": ["a"], "splits": {"p": {"train": "a"}}},
+        r"\['train'\] must be a list of clips, got 'a'",
+    ),
+    "member a fraction": ([clip()], {"splits": {"p": {"train": [0.9]}}}, "names or indices .* got 0.9"),
+    "member None": ([clip()], {"splits": {"p": {"train": [None]}}}, "names or indices .* got None"),
+    "member of a mask": ([clip()], {"splits": {"p": {"train": [False]}}}, "names or indices .* got False"),
+    "columns a list": ([clip()], {"columns": [1]}, r"columns must be a mapping from name to values, got \[1\]"),
+    "column a number": ([clip()], {"columns": {"w": 3}}, "column 'w' must be a list with one value per clip.* got 3"),
+    "column None": ([clip()], {"columns": {"w": None}}, "column 'w' must be a list .* got None"),
+    "column ragged": ([clip()], {"columns": {"w": [[[1], [1, 2]]]}}, "column 'w' must be one plain value"),
+    "units None": ([clip()], {"units": None}, "units must be a string, got None"),
+    "source a number": ([clip()], {"source": 3}, "source must be a string, got 3"),
+    "up axis None": ([clip()], {"up_axis": None}, "up_axis must be one of .* got None"),
+    "class names one string": ([clip()], {"class_names": "ab"}, "class_names must be a list of strings, got 'ab'"),
+    "class names None": ([clip()], {"class_names": None}, "class_names must be a list of strings, got None"),
+    "class name a number": ([clip()], {"class_names": ["a", 1]}, "class_names must be a list of strings"),
+    "class names twice": ([clip()], {"class_names": ["a", "a"]}, "class_names must be distinct"),
+    "channels one string": ([clip()], {"channels": "xyz"}, "channels must be a list of strings, got 'xyz'"),
+    "channel a number": ([clip()], {"channels": ["x", "y", 3]}, "channels must be a list of strings"),
+    "channels twice": ([clip()], {"channels": ["x", "y", "x"]}, "channels must be distinct"),
+    "bodies negative": ([clip()], {"num_bodies": -1}, "num_bodies must be a whole number of at least 1, got -1"),
+    "bodies a string": ([clip()], {"num_bodies": "2"}, "num_bodies must be a whole number of at least 1, got '2'"),
+    "bodies a fraction": ([clip()], {"num_bodies": 1.5}, "num_bodies must be a whole number"),
 }
 
 
@@ -111,6 +154,53 @@ def test_pack_arrays_refuses(tmp_path, case, lazy):
     with pytest.raises(ValueError, match=f"pack_arrays: .*{message}"):
         pack.pack_arrays(iter(clips) if lazy else clips, topology="sbu-15", out=tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "clips", [None, 5, "walk.npy", {"walk": clip()}, np.array(1.0)], ids=lambda v: type(v).__name__
+)
+def test_clips_of_another_form_are_refused(tmp_path, clips):
+    with pytest.raises(ValueError, match=f"clips must be a list or generator, got {type(clips).__name__}. Put"):
+        pack.pack_arrays(clips, topology="sbu-15", out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="long doubles are doubles on this machine")
+@pytest.mark.parametrize("values", [np.ones(1, np.longdouble), [np.ones(4, np.longdouble)]], ids=["clip", "frame"])
+def test_long_doubles_are_refused(tmp_path, values):
+    with pytest.raises(ValueError, match="column 'w' must be .* a number of at most 8 bytes, got float"):
+        pack.pack_arrays([clip()], topology="sbu-15", out=tmp_path / "out", columns={"w": values})
+    assert list(tmp_path.iterdir()) == []
+
+
+UNREGISTERED = {
+    "of another name": replace(topology("sbu-15"), name="mine-15"),
+    "of a registered name": replace(topology("sbu-15"), centre=5),
+}
+
+
+@pytest.mark.parametrize("case", UNREGISTERED)
+def test_an_unregistered_topology_is_refused(tmp_path, case):
+    layout = UNREGISTERED[case]
+    with pytest.raises(ValueError, match=rf"topology must be registered .* got '{layout.name}'. .*TOPOLOGIES\.add"):
+        pack.pack_arrays([clip()], topology=layout, out=tmp_path / "out")
+    with pytest.raises(ValueError, match="topology must be a name or a Topology, got None"):
+        pack.pack_arrays([clip()], topology=None, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("function", ["pack_arrays", "pack_source"])
+def test_what_cannot_be_opened_does_not_appear(tmp_path, function, monkeypatch):
+    real = pack.write_meta
+    monkeypatch.setattr(pack, "write_meta", lambda folder, meta: real(folder, {**meta, "units": None}))
+    source = store(tmp_path / "src", {UCLA: js(GOOD_JSON)}, "folder")
+    run = {
+        "pack_arrays": lambda: pack.pack_arrays([clip()], topology="sbu-15", out=tmp_path / "out"),
+        "pack_source": lambda: pack.pack_source("nw-ucla", source, tmp_path / "out", progress=False),
+    }[function]
+    with pytest.raises(ValueError, match="units must be a str, got None"):
+        run()
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 def test_a_clip_of_one_frame_is_fine(tmp_path):

@@ -248,6 +248,16 @@ def test_worker_error_names_the_clip(dataset, num_threads, monkeypatch):
         ({"dtype": "float64"}, "dtype must be one of float32, float16, bfloat16, got float64"),
         ({"rank": 2, "world_size": 2}, "rank must be in 0 .. world_size - 1 = 1, got 2"),
         ({"seed": -1}, "seed must be in 0"),
+        ({"seed": 1 << 64}, "seed must be in 0"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number, got 2.5"),
+        ({"batch_size": "2"}, "batch_size must be a whole number, got '2'"),
+        ({"num_threads": 1.5}, "num_threads must be a whole number, got 1.5"),
+        ({"rank": None}, "rank must be a whole number, got None"),
+        ({"world_size": "2"}, "world_size must be a whole number, got '2'"),
+        ({"cache_bytes": None}, "cache_bytes must be a whole number, got None"),
+        ({"views": VIEWS[0]}, r"views must be a sequence of ViewSpec, got ViewSpec\("),
+        ({"views": ["joint"]}, r"views must be a sequence of ViewSpec, got \['joint'\]"),
     ],
 )
 def test_bad_arguments(dataset, changes, message):

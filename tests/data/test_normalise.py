@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fastskel import data
 from fastskel.data.normalise import NORMALISATIONS, align_body, center, normalise, prenorm
 from fastskel.skeleton import TOPOLOGIES, topology
 
@@ -108,6 +109,20 @@ def test_odd_clips_survive(kind):
     collapsed = normalise(np.ones((2, 1, 25, 3), dtype=np.float32), kind, layout)
     assert np.isfinite(collapsed).all()
     assert not normalise(np.zeros((2, 1, 25, 3), dtype=np.float32), kind, layout).any()
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_a_clip_that_never_shows_its_axes_is_moved_alone(upright):
+    clip, layout = person(), topology("ntu-25")
+    clip[::2, 0, layout.axes["left_hip"][0]] = 0
+    clip[1::2, 0, layout.axes["neck"][0]] = 0
+    moved = center(clip, layout, per_frame=False)
+    np.testing.assert_array_equal(align_body(clip, layout, upright=upright), moved)
+
+
+def test_the_package_offers_them():
+    assert {"normalise", "prenorm"} <= set(data.__all__)
+    assert data.normalise is normalise and data.prenorm is prenorm
 
 
 def test_misuse_is_refused():

@@ -1,5 +1,7 @@
 """Packing a user's own clips."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -85,6 +87,28 @@ def test_defaults(tmp_path):
     assert dataset.labels.tolist() == [-1, -1] and dataset.names.tolist() == ["clip-000000", "clip-000001"]
     assert dataset.meta["units"] == "metres" and dataset.meta["channels"] == ["x", "y", "z"]
     assert dataset.segments is None and dataset.splits == {} and dataset.class_names == []
+
+
+def test_whole_numbers_of_any_type(tmp_path):
+    import torch
+
+    dataset = run(
+        [clip(), clip()],
+        tmp_path,
+        segments=np.array([[1.0, 2.0, 0.0, 3.0, 0.5]]),
+        splits={"numpy": {"train": np.array([0]), "test": range(1, 2)}, "torch": {"train": torch.tensor([1])}},
+        num_bodies=np.int64(2),
+    )
+    assert dataset.segments.tolist() == [[1, 2, 0, 3, 0.5]] and dataset.num_bodies_max == 2
+    found = {name: {part: rows.tolist() for part, rows in parts.items()} for name, parts in dataset.splits.items()}
+    assert found == {"numpy": {"train": [0], "test": [1]}, "torch": {"train": [1]}}
+
+
+def test_a_topology_may_be_an_object(tmp_path):
+    layout = topology("sbu-15")
+    assert pack.pack_arrays([clip()], topology=layout, out=tmp_path / "out").topology is layout
+    # equal, not the same: what another process sends
+    pack.pack_arrays([clip()], topology=copy.deepcopy(layout), out=tmp_path / "copy")
 
 
 def test_pixels_with_score(tmp_path):

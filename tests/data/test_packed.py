@@ -88,6 +88,21 @@ def edit_meta(packed, **changes):
     (packed / "meta.json").write_text(json.dumps(meta))
 
 
+# clip 0 has 4 frames, and there are two classes
+SEGMENTS = {
+    "segment of half a clip": [0.5, 0, 0, 1, 1],
+    "segment of no class": [0, 2, 0, 1, 1],
+    "segment of class -1": [0, -1, 0, 1, 1],
+    "segment before its clip": [0, 0, -1, 1, 1],
+    "segment beyond its clip": [0, 0, 0, 5, 1],
+    "segment starts beyond its clip": [0, 0, 5, 3, 1],
+    "segment ends before its clip": [0, 0, 2, -3, 1],
+    "segment between frames": [0, 0, 0.5, 2, 1],
+    "segment of infinite end": [0, 0, 0, np.inf, 1],
+    "segment of confidence NaN": [0, 0, 0, 1, np.nan],
+}
+
+
 def damage(packed, case):
     if case == "frames shorter":
         data = (packed / "frames.npy").read_bytes()
@@ -118,6 +133,20 @@ def damage(packed, case):
         np.save(packed / "subject.npy", np.array([1, 2]))
     elif case == "segment of no clip":
         np.save(packed / "segments.npy", np.array([[3.0, 0, 0, 1, 1]]))
+    elif case in SEGMENTS:
+        np.save(packed / "segments.npy", np.array([[0, 0, 0, 1, 1], SEGMENTS[case]], dtype=float))
+    elif case == "offsets overflow":
+        np.save(packed / "offsets.npy", np.array([0, 2**63 - 1, -(2**63), 11]))
+    elif case == "bodies negative":
+        np.save(packed / "num_bodies.npy", np.array([1, -2, 1]))
+    elif case == "bodies without room":
+        np.save(packed / "num_bodies.npy", np.array([1, 3, 1]))
+    elif case == "axis unknown":
+        edit_meta(packed, up_axis="up")
+    elif case == "channels of numbers":
+        edit_meta(packed, channels=["x", "y", 3])
+    elif case == "class names of numbers":
+        edit_meta(packed, class_names=["a", 3])
     elif case == "split of no clip":
         (packed / "splits.json").write_text('{"mine": {"train": [3], "test": []}}')
     elif case == "split of no number":
@@ -154,7 +183,23 @@ CASES = {
     "labels too low": "-1 or a class, got -2, in .*labels.npy",
     "labels missing": "no such file, in .*labels.npy",
     "column short": "length must be 3, got 2, in .*subject.npy",
-    "segment of no clip": "segments.npy",
+    "segment of no clip": r"segment 0 must be of a clip in range\(3\), got \[3.0, .*segments.npy",
+    "segment of half a clip": "segment 1 must be finite, its clip, class, start and end whole.*segments.npy",
+    "segment of no class": r"segment 1 must be of a class in range\(2\), got \[0.0, 2.0.*segments.npy",
+    "segment of class -1": r"segment 1 must be of a class in range\(2\)",
+    "segment before its clip": "segment 1 must be of start and end within its clip, got .*segments.npy",
+    "segment beyond its clip": "segment 1 must be of start and end within its clip",
+    "segment starts beyond its clip": "segment 1 must be of start and end within its clip",
+    "segment ends before its clip": "segment 1 must be of start and end within its clip",
+    "segment between frames": "segment 1 must be finite, .* whole",
+    "segment of infinite end": "segment 1 must be finite",
+    "segment of confidence NaN": "segment 1 must be finite",
+    "offsets overflow": "increasing, got a step of -18446744073709551615 at clip 1, in .*offsets.npy",
+    "bodies negative": "num_bodies must be in 0 .. 2, got -2 .. 1, in .*num_bodies.npy",
+    "bodies without room": "num_bodies must be in 0 .. 2, got 1 .. 3, in .*num_bodies.npy",
+    "axis unknown": "up_axis must be one of x, y, z, -x, -y, -z, got 'up', in .*meta.json",
+    "channels of numbers": r"channels must be a list of strings, got \['x', 'y', 3\], in .*meta.json",
+    "class names of numbers": "class_names must be a list of strings, .* in .*meta.json",
     "split of no clip": "splits.json",
     "split of no number": "splits.json",
     "meta cut": "unreadable one .*meta.json",
@@ -173,6 +218,12 @@ def test_damage_is_named(packed, case):
     damage(packed, case)
     with pytest.raises(ValueError, match=f"open_dataset: .*{CASES[case]}"):
         open_dataset(packed)
+
+
+@pytest.mark.parametrize("bounds", [(2, 2), (3, 1), (4, 0)], ids=str)
+def test_a_reversed_segment_is_read(packed, bounds):
+    np.save(packed / "segments.npy", np.array([[0, 1, *bounds, 1]], dtype=float))
+    assert open_dataset(packed).segments[0, 2:4].tolist() == list(bounds)
 
 
 def test_verify_finds_a_changed_byte(packed):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fastskel import data
 from fastskel.data import pack
 from fastskel.data.packed import open_dataset
 from fastskel.data.protocols import NTU_TRAIN_SUBJECTS, holdout, protocols, semi, split
@@ -133,6 +134,11 @@ def test_missing_column_and_empty_part(tmp_path):
         split(odd, "xsub")
 
 
+def test_the_package_offers_the_subsets():
+    assert {"holdout", "semi"} <= set(data.__all__)
+    assert data.holdout is holdout and data.semi is semi
+
+
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 1.0])
 def test_semi(balanced, fraction):
@@ -154,6 +160,18 @@ def test_semi_keeps_every_class_when_balanced():
         semi(np.arange(100), labels, 0.001, 0)
     with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\], got 0"):
         semi(np.arange(100), labels, 0, 0)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_semi_leaves_unknown_labels_out(balanced):
+    labels = np.repeat([0, -1, 1], [40, 50, 10])
+    chosen = semi(np.arange(100), labels, 0.5, 0, balanced=balanced)
+    assert len(chosen) == 25 and not (labels[chosen] == -1).any()
+    # as if the clips without a label were not there
+    known = np.flatnonzero(labels != -1)
+    np.testing.assert_array_equal(chosen, semi(known, labels, 0.5, 0, balanced=balanced))
+    with pytest.raises(ValueError, match="at least one of 0 clips with a label"):
+        semi(np.arange(40, 90), labels, 0.5, 0, balanced=balanced)
 
 
 def test_holdout_takes_whole_subjects(tmp_path):

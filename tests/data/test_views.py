@@ -334,6 +334,9 @@ class TestErrors:
         ("make", "message"),
         [
             (lambda: ViewSpec(frames=0), "ViewSpec: frames must be at least 1, got 0"),
+            (lambda: ViewSpec(frames=8.5), "ViewSpec: frames must be a whole number, got 8.5"),
+            (lambda: ViewSpec(frames="8"), "ViewSpec: frames must be a whole number, got '8'"),
+            (lambda: RandomCrop(min_frames=8.5), "RandomCrop: min_frames must be a whole number, got 8.5"),
             (lambda: ViewSpec(stream="joints"), "stream must be one of joint, bone, motion, got 'joints'"),
             (lambda: ViewSpec(normalise="centre"), "normalise must be one of none, center"),
             (lambda: RandomCrop(0.5, 0.4), "low <= high <= 1, got 0.5, 0.4"),
@@ -357,6 +360,18 @@ class TestErrors:
     def test_index(self, index, memory_dataset):
         with pytest.raises(ValueError, match=rf"index must be in 0 .. 1, got {index} .. {index} for in-memory"):
             make_view(memory_dataset([9, 9]), ViewSpec(), [index], 0, 0, 0)
+
+    @pytest.mark.parametrize("packed", ["center", "center-first", "align", "align-yaw"])
+    @pytest.mark.parametrize("kind", ["align", "align-yaw"])
+    def test_aligning_normalised_data(self, packed, kind, memory_dataset):
+        dataset = memory_dataset([9])
+        dataset.meta["normalisation"] = packed
+        message = f"data packed as '{packed}', got '{kind}' for in-memory"
+        with pytest.raises(ValueError, match=message):
+            make_view(dataset, ViewSpec(normalise=kind), [0], 0, 0, 0)
+        with pytest.raises(ValueError, match=message):
+            normalised(dataset, kind)
+        assert make_view(dataset, ViewSpec(normalise="center"), [0], 0, 0, 0).mask.all()
 
     def test_channels(self, memory_dataset):
         with pytest.raises(ValueError, match="must have 2 or 3 channels, got 4"):
