@@ -19,14 +19,15 @@ from fastskel.data.figure import ACTIONS, FEET, Pose, figure_offsets, figure_pos
 from fastskel.data.pack import pack_arrays
 from fastskel.data.packed import PackedDataset
 from fastskel.philox import Use, below, distinct, uniform, words
+from fastskel.skeleton import topology as named_topology
 
 __all__ = ["SyntheticMotion", "make_synthetic", "synthetic_motion"]
 
 Float = NDArray[np.float32]
 MIN_FRAMES, MAX_FRAMES = 40, 120
 CLIP_VIEW, SUBJECT_VIEW, NOISE_VIEW, LOST_VIEW = 0, 1, 2, 3
-# every joint can be lost but the first, the spine base, which centres the body
-LOSABLE = 24
+# every joint can be lost but the one that normalisation centres the body on
+LOSABLE = np.delete(np.arange(25), named_topology("ntu-25").centre)
 # standard deviation of a joint's position as depth cameras report it, metres
 NOISE = 0.012
 
@@ -86,7 +87,7 @@ def synthetic_motion(
         "num_classes": (num_classes, 2, len(ACTIONS)),
         "num_subjects": (num_subjects, 2, 1 << 16),
         "bodies": (bodies, 1, 16),
-        "max_lost": (max_lost, 0, LOSABLE),
+        "max_lost": (max_lost, 0, len(LOSABLE)),
     }
     for argument, (value, low, high) in limits.items():
         if not low <= value <= high:
@@ -130,8 +131,8 @@ def synthetic_motion(
         points += np.float32(noise) * _normal(seed, clip, first, length, points.shape[1] * 3).reshape(points.shape)
     if max_lost:
         drawn = words(seed, number, 0, LOST_VIEW, Use.SYNTHETIC, 1 + max_lost)
-        lost = np.zeros((num_clips, 1 + LOSABLE), np.bool_)
-        chosen = 1 + distinct(drawn[:, 1:], LOSABLE)
+        lost = np.zeros((num_clips, 25), np.bool_)
+        chosen = LOSABLE[distinct(drawn[:, 1:], len(LOSABLE))]
         np.put_along_axis(lost, chosen, np.arange(max_lost) < below(drawn[:, 0], max_lost + 1)[:, None], 1)
         points[lost[clip]] = 0
     frames = np.zeros((len(clip), bodies, 25, 3), np.float32)

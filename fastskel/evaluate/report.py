@@ -363,7 +363,7 @@ def curves_figure(path: str | os.PathLike[str], log: str | os.PathLike[str], tit
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(FAINT)
         if len(lines) > 1 or heading == "read during training":
-            axes.legend(frameon=False, fontsize=8)
+            axes.legend(frameon=False, fontsize=8, ncols=3)
         # terms differ by orders of magnitude; a logarithm needs them positive
         if lines is terms and all((values > 0).all() for _, values in terms.values()):
             axes.set_yscale("log")
