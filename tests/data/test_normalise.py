@@ -122,7 +122,7 @@ def test_a_clip_that_never_shows_its_axes_is_moved_alone(upright):
 
 def test_the_package_offers_them():
     assert "prenorm" in data.__all__
-    assert data.normalise is normalise and data.prenorm is prenorm
+    assert data.prenorm is prenorm
 
 
 def test_misuse_is_refused():
