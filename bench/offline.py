@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import fastskel.kernels
-from fastskel.kernels.backend import OPTIONS, CompileCase, triton
+from fastskel.kernels._backend import OPTIONS, CompileCase, triton
 
 __all__ = ["TARGETS", "compile_case", "main"]
 

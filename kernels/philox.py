@@ -11,7 +11,7 @@ Bytes moved: 16 N read, 8 N num written; eager torch passes over intermediates o
 from __future__ import annotations
 
 import torch
-from fastskel.kernels.backend import OPTIONS, CompileCase, cpu_kernel, device_of, jit, tl, triton
+from fastskel.kernels._backend import OPTIONS, CompileCase, cpu_kernel, device_of, jit, tl, triton
 from fastskel.kernels.reference.philox import philox_words as philox_words_reference
 from torch import Tensor
 

@@ -250,6 +250,7 @@ def make_synthetic(
             for protocol, parts in motion.splits.items()
         },
         class_names=list(motion.class_names),
+        source="synthetic",
         units="metres",
         num_bodies=bodies,
     )

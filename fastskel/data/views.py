@@ -195,6 +195,7 @@ def _clip(dataset: PackedDataset, number: int, kind: str) -> NDArray[np.float32]
     try:
         clip = np.asarray(dataset.clip(number), np.float32)
         return clip if kind == "none" else normalise_clip(clip, kind, dataset.topology)
+    # whatever goes wrong in a worker thread reaches the caller with the clip's name
     except Exception as error:
         raise ValueError(
             f"make_view: clip must be readable and normalisable ({kind}), got {error!r} at clip {number} "
