@@ -3,8 +3,8 @@
     python -m fastskel.bench.accuracy usdrl-small DATA --train xview --test xview xview-clean --out RESULTS.jsonl
 
 Each seed trains once, on the training part alone, and reads each test part once; a run found under --runs goes on, if it
-is the same in all its settings. The rows and their mean and deviation go
-to the screen and, with device, versions, commit and date, to the file.
+is the same in all its settings. With --raw nothing is trained: raw coordinates under every normalisation. The rows'
+mean and deviation go to the screen, the rows with device, versions, commit and date to the file.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from fastskel.data.packed import open_dataset
+from fastskel.data.normalise import NORMALISATIONS
+from fastskel.data.packed import PackedDataset, open_dataset
 from fastskel.data.protocols import split
+from fastskel.data.views import ViewSpec
 from fastskel.evaluate import LinearConfig, evaluate_knn, evaluate_linear
-from fastskel.models.encoder import ENCODERS
+from fastskel.models.encoder import ENCODERS, Encoder
 from fastskel.recipes import RECIPES
 from fastskel.train import load_encoder, pretrain
 
-# step size and standardisation are chosen on held-out training clips, for every kind of features alike
+# step size and standardisation are chosen on held-out training subjects, for every kind of features alike;
 # the test part is read once, after the last epoch
 PROBE = LinearConfig(
     learning_rate=None, standardise=None, epochs=100, milestones=(75, 90), batch_size=128, evaluate_every=100
 )
-# raw coordinates twice: normalised as the encoder's input is, and turned to face the camera, the strongest plain baseline
-CONTENDERS = ("raw coordinates", "raw, aligned", "untrained encoder", "pretrained encoder")
+# name, encoder or None for raw coordinates, how its view is made
+Contender = tuple[str, Encoder | None, ViewSpec]
 
 
 def device_name() -> str:
@@ -46,41 +49,61 @@ def device_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def measure(recipe_name: str, data: Path, seed: int, train: str, tests: list[str], runs: Path) -> list[dict[str, Any]]:
-    """Train one seed and evaluate all contenders on every test protocol; one row for each pair."""
-    dataset = open_dataset(data)
-    recipe = replace(RECIPES[recipe_name](), seed=seed)
+def _contenders(
+    recipe_name: str, recipe: Any, dataset: PackedDataset, indices: NDArray[np.int64], run: Path
+) -> tuple[list[Contender], str | None]:
+    """Train, or take the run that is there, and return what is compared, with the commit that trained it."""
     (stage,) = recipe.stages(dataset)
-    indices = split(dataset, train).train
-    for protocol in tests:
-        if not np.array_equal(split(dataset, protocol).train, indices):
-            raise ValueError(f"accuracy: {protocol} must have the training part of {train}, got another. Train on its own.")
-    run = runs / f"{recipe_name}-{data.name}-{seed}"
     # a run that is there goes on, or is finished: refused unless configuration, data and clips are these
     known = {"name": recipe_name, **asdict(recipe)}
     pretrain(stage, dataset, run, indices=indices, recipe=known, resume=run.exists())
     encoder, view, _ = load_encoder(run)
-    trained = json.loads((run / "config.json").read_text())["commit"]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(recipe.seed)
         untrained = ENCODERS[stage.encoder](**encoder.config).eval()
+    trained = json.loads((run / "config.json").read_text())["commit"]
+    # raw coordinates twice: as the encoder sees them, and turned to face the camera
+    turned = replace(view, normalise="align-yaw")
+    raw: list[Contender] = [("raw coordinates", None, view), ("raw, aligned", None, turned)]
+    return [*raw, ("untrained encoder", untrained, view), ("pretrained encoder", encoder, view)], trained
+
+
+def measure(
+    recipe_name: str, data: Path, seed: int, train: str, tests: list[str], runs: Path, raw: bool
+) -> list[dict[str, Any]]:
+    """Evaluate all contenders of one seed on every test protocol; one row for each pair.
+
+    With `raw` nothing is trained: the contenders are raw coordinates under every normalisation.
+    """
+    dataset = open_dataset(data)
+    recipe = replace(RECIPES[recipe_name](), seed=seed)
+    indices = split(dataset, train).train
+    for protocol in tests:
+        if not np.array_equal(split(dataset, protocol).train, indices):
+            raise ValueError(f"accuracy: {protocol} must have the training part of {train}, got another. Train on its own.")
+    run, trained = runs / f"{recipe_name}-{data.name}-{seed}", None
+    if raw:
+        view = recipe.stages(dataset)[0].eval_view
+        contenders: list[Contender] = [
+            (f"raw, {kind}", None, replace(view, normalise=kind)) for kind in NORMALISATIONS
+        ]
+    else:
+        contenders, trained = _contenders(recipe_name, recipe, dataset, indices, run)
     rows = []
     for protocol in tests:
-        aligned = replace(view, normalise="align-yaw")
-        cases = ((None, view), (None, aligned), (untrained, view), (encoder, view))
-        for name, (contender, seen) in zip(CONTENDERS, cases, strict=True):
+        for name, encoder, view in contenders:
             parts = split(dataset, protocol)
             shared: dict[str, Any] = dict(protocol=protocol, run=str(run), cache=run / "features", progress=False)
-            knn = evaluate_knn(contender, dataset, parts, seen, **shared)
-            linear = evaluate_linear(contender, dataset, parts, seen, config=replace(PROBE, seed=seed), **shared)
+            knn = evaluate_knn(encoder, dataset, parts, view, **shared)
+            linear = evaluate_linear(encoder, dataset, parts, view, config=replace(PROBE, seed=seed), **shared)
             rows.append(
                 {
                     "case": "accuracy", "data": dataset.source, "protocol": protocol, "features": name,
-                    "normalise": seen.normalise, "seed": seed,
+                    "normalise": view.normalise, "seed": seed,
                     "knn_top1": knn["top1"], "linear_top1": linear["top1"],
                     "linear_lr": linear["config"]["learning_rate"], "standardise": linear["config"]["standardise"],
                     "num_train": knn["num_train"], "num_test": knn["num_test"],
-                    "recipe": known, "trained_at_commit": trained,
+                    "recipe": {"name": recipe_name, **asdict(recipe)}, "trained_at_commit": trained,
                     "device": device_name(), "threads": torch.get_num_threads(),
                     "versions": knn["versions"], "commit": knn["commit"], "date": datetime.date.today().isoformat(),
                 }
@@ -112,6 +135,7 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="protocol whose training part to train on")
     parser.add_argument("--test", nargs="+", required=True, help="protocols to evaluate; their training parts must agree")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--raw", action="store_true", help="train nothing: raw coordinates under every normalisation")
     parser.add_argument("--threads", type=int, help="compute threads")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders go")
     parser.add_argument("--out", type=Path, help="JSON lines file to append to")
@@ -120,7 +144,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     rows: list[dict[str, Any]] = []
     for seed in arguments.seeds:
-        new = measure(arguments.recipe, arguments.data, seed, arguments.train, arguments.test, arguments.runs)
+        new = measure(arguments.recipe, arguments.data, seed, arguments.train, arguments.test, arguments.runs, arguments.raw)
         rows += new
         if arguments.out:
             with arguments.out.open("a") as file:
