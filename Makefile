@@ -15,7 +15,7 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict fastskel
 	$(BIN)/python -m fastskel.bench.offline
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -rs
 
 # torch first: the release that the constraints name, before anything else asks for one
 $(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(NATIVE)

@@ -290,7 +290,7 @@ def test_a_stopped_training_is_code_3(here, capsys) -> None:
 )
 def test_bad_protocols_and_devices(here, capsys, command) -> None:
     error = refused(capsys, *command, "--protocol", "xset")
-    assert "protocol must be one of those for 'custom' (xsub, xview), got 'xset'" in error
+    assert "protocol must be one of those for 'synthetic' (xsub, xview), got 'xset'" in error
     error = refused(capsys, *command, "--protocol", "xsub", "--device", "toaster")
     assert "device must be one this machine has, got 'toaster'" in error
     (here / "split.json").write_text('{"train": ["nobody"], "test": [1]}')
