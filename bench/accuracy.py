@@ -27,9 +27,9 @@ from fastskel.data.packed import PackedDataset, open_dataset
 from fastskel.data.protocols import split
 from fastskel.data.views import ViewSpec
 from fastskel.evaluate import LinearConfig, evaluate_knn, evaluate_linear
-from fastskel.models.encoder import ENCODERS, Encoder
+from fastskel.models.encoder import Encoder
 from fastskel.recipes import RECIPES
-from fastskel.train import load_encoder, pretrain
+from fastskel.train import load_encoder, pretrain, start
 
 # step size and standardisation are chosen on held-out training subjects, for every kind of features alike;
 # the test part is read once, after the last epoch
@@ -58,14 +58,11 @@ def _contenders(
     known = {"name": recipe_name, **asdict(recipe)}
     pretrain(stage, dataset, run, indices=indices, recipe=known, resume=run.exists())
     encoder, view, _ = load_encoder(run)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        untrained = ENCODERS[stage.encoder](**encoder.config).eval()
     trained = json.loads((run / "config.json").read_text())["commit"]
     # raw coordinates twice: as the encoder sees them, and turned to face the camera
     turned = replace(view, normalise="align-yaw")
     raw: list[Contender] = [("raw coordinates", None, view), ("raw, aligned", None, turned)]
-    return [*raw, ("untrained encoder", untrained, view), ("pretrained encoder", encoder, view)], trained
+    return [*raw, ("untrained encoder", start(stage)[0], view), ("pretrained encoder", encoder, view)], trained
 
 
 def measure(

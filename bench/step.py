@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastskel.data import Loader, make_synthetic
-from fastskel.models import ENCODERS
-from fastskel.objectives import OBJECTIVES
 from fastskel.recipes import RECIPES
+from fastskel.train import start
 
 __all__ = ["PRECISIONS", "STEP_RECIPES", "main", "measure", "setup"]
 
@@ -64,10 +63,7 @@ def setup(
         (stage,) = settings.stages(dataset)
         loader = Loader(dataset, views=stage.views, batch_size=stage.batch_size, seed=stage.seed)
         batch = next(iter(loader)).to(device)
-    torch.manual_seed(stage.seed)
-    encoder = ENCODERS[stage.encoder](**stage.encoder_options)
-    build: Any = OBJECTIVES[stage.objective]
-    objective = build(encoder, stage.views, **stage.objective_options)
+    encoder, objective = start(stage)
     encoder.to(device).train()
     objective.to(device).train()
     optimizer = torch.optim.Adam(

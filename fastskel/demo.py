@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fastskel.data.inspect import show
 from fastskel.data.protocols import split
 from fastskel.data.synthetic import make_synthetic
 from fastskel.evaluate import LinearConfig, evaluate_knn, evaluate_linear, split_features
 from fastskel.evaluate.report import curves_figure, embedding_figure, write_results
-from fastskel.models.encoder import ENCODERS, Encoder
+from fastskel.models.encoder import Encoder
 from fastskel.recipes import RECIPES
-from fastskel.train import Stage, load_encoder, pretrain
+from fastskel.train import load_encoder, pretrain, start
 
 __all__ = ["run_demo"]
 
@@ -26,13 +25,6 @@ PROTOCOL = "xsub"
 NUM_ANIMATED = 4
 # what makes the task one for learned features: nearest neighbours of raw coordinates mistake a lost joint for a pose
 MAX_LOST = 12
-
-
-def _untrained(stage: Stage, encoder: Encoder) -> Encoder:
-    """An encoder of (N, T, M, V, C) with the same start as the pretrained one."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(stage.seed)
-        return ENCODERS[stage.encoder](**encoder.config).eval()
 
 
 def _table(rows: dict[str, dict[str, float]]) -> str:
@@ -76,7 +68,7 @@ def run_demo(out: str | os.PathLike[str], *, seed: int = 0, quick: bool = False)
     print("3/4  evaluating frozen features: nearest neighbour and linear probe")
     encoder, view, _ = load_encoder(run)
     contenders: dict[str, Encoder | None] = {
-        "raw coordinates": None, "untrained encoder": _untrained(stage, encoder), "pretrained encoder": encoder,
+        "raw coordinates": None, "untrained encoder": start(stage)[0], "pretrained encoder": encoder,
     }  # fmt: skip
     # step size and standardisation are chosen on held-out training clips, for each kind of features alike
     probe = LinearConfig(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import lzma
 import os
 import tarfile
@@ -115,12 +116,10 @@ def open_source(src: str | os.PathLike[str], suffix: str, scratch: Path) -> Iter
         else:
             raise _unreadable("a folder or an archive", "nothing", root, "Correct the path")
         files.paths.sort(key=lambda path: (PurePosixPath(path).name, path))
-        names = [PurePosixPath(path).name for path in files.paths]
-        for one, other in zip(range(len(names)), range(1, len(names)), strict=False):
-            if names[one] == names[other]:
-                both = f"{files.paths[one]} and {files.paths[other]}"
-                raise _unreadable("without duplicate names", both, root, "Remove one of them")
-        if not names:
+        for one, other in itertools.pairwise(files.paths):
+            if PurePosixPath(one).name == PurePosixPath(other).name:
+                raise _unreadable("without duplicate names", f"{one} and {other}", root, "Remove one of them")
+        if not files.paths:
             raise _unreadable(f"with {suffix} files", "none", root, "Correct the path or the format")
         yield files
 

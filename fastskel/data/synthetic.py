@@ -114,8 +114,8 @@ def synthetic_motion(
     size = (0.45 + 0.45 * u[:, 9] + 0.3 * s[:, 7])[clip]
 
     angles = _idle(u[clip], s[clip], time)
-    rows_of = [np.flatnonzero(labels[clip] == label) for label in range(num_classes)]
-    for rows, action in zip(rows_of, ACTIONS.values(), strict=False):
+    for label, action in enumerate(list(ACTIONS.values())[:num_classes]):
+        rows = np.flatnonzero(labels[clip] == label)
         pose = Pose({}, phase[rows], level[rows], bump[rows], size[rows])
         action(pose)
         for name, angle in pose.angles.items():

@@ -2,7 +2,7 @@
 
 from fastskel.train.checkpoint import Checkpoint, load_encoder, read_checkpoint
 from fastskel.train.device import choose_device
-from fastskel.train.pretrain import Monitor, TrainingStopped, pretrain
+from fastskel.train.pretrain import Monitor, TrainingStopped, pretrain, start
 from fastskel.train.record import trained_clips
 from fastskel.train.stage import Recipe, Stage
 
@@ -16,5 +16,6 @@ __all__ = [
     "load_encoder",
     "pretrain",
     "read_checkpoint",
+    "start",
     "trained_clips",
 ]

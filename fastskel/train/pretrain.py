@@ -36,7 +36,7 @@ from fastskel.train.record import create_record, note_resumed, origin, resume_re
 from fastskel.train.runlog import RunLog
 from fastskel.train.stage import Stage, describe
 
-__all__ = ["Monitor", "TrainingStopped", "pretrain"]
+__all__ = ["Monitor", "TrainingStopped", "pretrain", "start"]
 
 # checkpoints kept per run: the newest, and one before it in case the disk damages the newest
 KEPT_CHECKPOINTS = 2
@@ -125,13 +125,23 @@ class _Run:
         return path
 
 
-def _build(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | None, device: torch.device) -> _Run:
-    # initialisation is the only use of torch's generator; the host's alone, modules move to the device afterwards
+def start(stage: Stage) -> tuple[Encoder, Objective]:
+    """Build a stage's encoder and objective as its training starts, on the host: what an untrained encoder is.
+
+    Returns:
+        Encoder of views (N, T, M, V, C), and objective; functions of the stage alone.
+    """
+    # initialisation is the only use of torch's generator, and leaves it as it was; modules move to a device afterwards
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stage.seed)
         encoder = ENCODERS[stage.encoder](**stage.encoder_options)
         build: Any = OBJECTIVES[stage.objective]
         objective: Objective = build(encoder, stage.views, **stage.objective_options)
+    return encoder, objective
+
+
+def _build(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | None, device: torch.device) -> _Run:
+    encoder, objective = start(stage)
     encoder.to(device).train()
     objective.to(device).train()
     optimizer = torch.optim.Adam(
