@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastskel.bench.harness import device_name
 from numpy.typing import NDArray
 
 from fastskel.data.normalise import NORMALISATIONS
@@ -38,15 +38,6 @@ PROBE = LinearConfig(
 )
 # name, encoder or None for raw coordinates, how its view is made
 Contender = tuple[str, Encoder | None, ViewSpec]
-
-
-def device_name() -> str:
-    """Model of the processor, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _contenders(

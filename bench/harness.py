@@ -1,0 +1,276 @@
+"""Measure providers of one result side by side: time, bytes, floating-point operations, and where figures come from.
+
+Providers take turns (A B A B ...), so that what else the machine does meets all of them; a speed is the median over the
+rounds of the baseline's time divided by the provider's in the same round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastskel.atomic import atomic_write
+from fastskel.provenance import provenance
+
+__all__ = [
+    "Timing", "append_rows", "compare", "device_name", "flops", "held_bytes", "origin", "peak_bytes", "quantiles",
+    "relative_l2", "saved_bytes",
+]  # fmt: skip
+
+Call = Callable[[], object]
+LOW, HIGH = 0.2, 0.8
+# fewer have no quantiles worth the name; also what a case gets that overruns its limit
+MIN_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one provider over the rounds of a comparison.
+
+    Attributes:
+        provider: Its name.
+        rounds: Rounds counted.
+        median_ms: Median time; `q20_ms` and `q80_ms` are its quantiles.
+        speedup: Median over the rounds of baseline time / own time, above 1 where it is faster; with its quantiles.
+        noise: Spread (q80 - q20) of the ratios of the baseline's successive rounds, relative to their median: what
+            nobody's improvement looks like.
+    """
+
+    provider: str
+    rounds: int
+    median_ms: float
+    q20_ms: float
+    q80_ms: float
+    speedup: float
+    speedup_q20: float
+    speedup_q80: float
+    noise: float
+
+    def row(self) -> dict[str, Any]:
+        """Return the figures as plain values."""
+        return asdict(self)
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the 20 % quantile, the median and the 80 % quantile, interpolated linearly between the values."""
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        position = share * (len(ordered) - 1)
+        lower = int(position)
+        upper = min(lower + 1, len(ordered) - 1)
+        return ordered[lower] + (position - lower) * (ordered[upper] - ordered[lower])
+
+    return at(LOW), statistics.median(ordered), at(HIGH)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _milliseconds(call: Call, device: torch.device) -> float:
+    _wait(device)
+    begin = time.perf_counter()
+    call()
+    _wait(device)
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def compare(
+    calls: Mapping[str, Call],
+    baseline: str,
+    *,
+    device: torch.device | None = None,
+    rounds: int = 15,
+    warmup: int = 2,
+    limit_s: float = 60.0,
+) -> list[Timing]:
+    """Time providers in turns.
+
+    Args:
+        calls: What to time, by provider; run in this order in every round.
+        baseline: The provider that ratios refer to.
+        device: What to wait for before and after each call; None is the CPU.
+        rounds: Rounds to count.
+        warmup: Rounds before them that are not counted.
+        limit_s: Seconds after which no further round begins; the first three are run in any case.
+    Returns:
+        One timing for each provider, in their order.
+    Raises:
+        ValueError: If the baseline is not among the calls, or there are no rounds.
+    """
+    if baseline not in calls:
+        raise ValueError(f"compare: baseline must be one of {list(calls)}, got {baseline!r}. Name a provider.")
+    if rounds < 1 or warmup < 0:
+        raise ValueError(f"compare: rounds must be at least 1, got {rounds} after {warmup} of warm-up. Ask for more.")
+    where = device or torch.device("cpu")
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    begin = time.perf_counter()
+    for number in range(warmup + rounds):
+        if number >= warmup + MIN_ROUNDS and time.perf_counter() - begin > limit_s:
+            break
+        for name, call in calls.items():
+            elapsed = _milliseconds(call, where)
+            if number >= warmup:
+                times[name].append(elapsed)
+    return _timings(times, baseline)
+
+
+def _timings(times: Mapping[str, Sequence[float]], baseline: str) -> list[Timing]:
+    base = times[baseline]
+    low, middle, high = quantiles([a / b for a, b in itertools.pairwise(base)] or [1.0])
+    noise = (high - low) / middle
+    timings = []
+    for name, own in times.items():
+        q20, median, q80 = quantiles(own)
+        slow, ratio, fast = quantiles([b / a for a, b in zip(own, base, strict=True)])
+        timings.append(Timing(name, len(own), median, q20, q80, ratio, slow, fast, noise))
+    return timings
+
+
+def saved_bytes(call: Call, exclude: Iterable[Tensor] = ()) -> int:
+    """Count what autograd keeps for the backward pass of what a call returns.
+
+    Args:
+        call: A forward pass.
+        exclude: Tensors (..., D) whose storages do not count, as parameters and inputs.
+    Returns:
+        Bytes of the distinct storages saved; what a custom function keeps in another way is not seen: see `held_bytes`.
+    """
+    excluded = {tensor.untyped_storage()._cdata for tensor in exclude}
+    # held until the end, or a later storage could have the address of an earlier one
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage._cdata not in excluded:
+            storages[storage._cdata] = storage
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        result = call()
+    total = sum(storage.nbytes() for storage in storages.values())
+    del result
+    return total
+
+
+def _cpu_allocations(call: Call) -> tuple[int, int]:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    recorded = profiler.profiler
+    assert recorded is not None and recorded.kineto_results is not None
+    events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
+    # a free and an allocation of the same nanosecond keep the order in which they were recorded
+    events.sort(key=lambda event: event.start_ns())
+    running = list(itertools.accumulate((event.nbytes() for event in events), initial=0))
+    del result
+    return max(running), running[-1]
+
+
+def _allocations(call: Call, device: torch.device | None) -> tuple[int, int]:
+    """Return how far the allocated bytes rise during a call, and by how much while its result lives on."""
+    if device is None or device.type != "cuda":
+        return _cpu_allocations(call)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    peak, after = torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
+    del result
+    return peak, after
+
+
+def peak_bytes(call: Call, device: torch.device | None = None) -> int:
+    """Return by how many bytes the memory that torch has allocated rises during a call, at its peak."""
+    return _allocations(call, device)[0]
+
+
+def held_bytes(call: Call, device: torch.device | None = None) -> int:
+    """Return by how many bytes the memory that torch has allocated is larger after a call whose result lives on."""
+    return _allocations(call, device)[1]
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], *rest: object, **options: object) -> int:
+    # scores, and the sum of values
+    return 2 * 2 * math.prod(query) * key[-2]
+
+
+def _attention_backward_flops(
+    gradient: object, query: Sequence[int], key: Sequence[int], *rest: object, **options: object
+) -> int:
+    # scores again, and one product for each of their, the values', the queries' and the keys' gradients
+    return 5 * 2 * math.prod(query) * key[-2]
+
+
+# the attention that torch runs on a CPU, which its own table of formulas lacks
+CPU_ATTENTION: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def flops(call: Call) -> int:
+    """Count the floating-point operations of a call's matrix products and convolutions, as torch's formulas have them."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def relative_l2(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """Return the relative distance of two lists of tensors (..., D), each list taken as one vector, in fp64."""
+    distance = norm = 0.0
+    for a, b in zip(actual, expected, strict=True):
+        b64 = b.detach().double()
+        distance += float((a.detach().double() - b64).square().sum())
+        norm += float(b64.square().sum())
+    return float((distance / norm) ** 0.5) if norm else float(distance > 0)
+
+
+def device_name(device: torch.device | None = None) -> str:
+    """Return the model of a GPU, or of the processor, where the system tells it."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def origin(device: torch.device | None = None) -> dict[str, Any]:
+    """Return what every row says of its making: device, threads, load, versions, commit, date, command.
+
+    `load` is the machine's load average just before: two threads on a busy CPU wait for each other, by a factor of
+    ten and more, and evenly enough that `noise` does not show it.
+    """
+    made = provenance()
+    return {
+        "device": device_name(device), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
+        "versions": made["versions"], "commit": made["commit"],
+        "date": datetime.date.today().isoformat(), "command": made["command"],
+    }  # fmt: skip
+
+
+def append_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a file of JSON lines; the file appears with all of them or stays as it was."""
+    target = Path(path)
+    earlier = target.read_text() if target.exists() else ""
+    with atomic_write(target) as scratch:
+        scratch.write_text(earlier + "".join(json.dumps(row) + "\n" for row in rows))
