@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from fastskel.data.batch import View
 from fastskel.models.encoder import Encoder, Features
+from fastskel.nn.attention import BACKENDS, AttentionBackend
+from fastskel.nn.drop_path import DROP_PATH_MODES, DropPathMode
+from fastskel.nn.dst_function import MEMORY_MODES, MemoryMode
 from fastskel.nn.embed import PositionalEncoding, SkeletonEmbedding
+from fastskel.nn.pool import token_max
+from fastskel.nn.precision import Precision
+from fastskel.nn.projections import MergingLayer
 
 __all__ = ["USDRLBackbone", "tokens"]
 
@@ -21,6 +32,11 @@ def tokens(clips: Tensor) -> tuple[Tensor, Tensor]:
     """Lay clips (N, T, M, V, C) out as temporal tokens (N, T, M*V*C) and spatial tokens (N, M*V, T*C)."""
     n, t, m, v, c = clips.shape
     return clips.reshape(n, t, m * v * c), clips.permute(0, 2, 3, 1, 4).reshape(n, m * v, t * c)
+
+
+@runtime_checkable
+class _Freezable(Protocol):
+    def freeze(self, dtype: torch.dtype, backend: AttentionBackend, /) -> nn.Module: ...
 
 
 class USDRLBackbone(Encoder):
@@ -53,6 +69,96 @@ class USDRLBackbone(Encoder):
         self.spe = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_spatial, width), std=0.02))
         self.ske_emb = SkeletonEmbedding(num_spatial * num_channels, num_frames * num_channels, width)
         self.tpe = PositionalEncoding(width, MAX_POSITIONS)
+
+    memory: MemoryMode = "lean"
+    drop_path_mode: DropPathMode = "skip"
+    attention_backend: AttentionBackend = "auto"
+    # type of a copy made for inference
+    frozen: torch.dtype | None = None
+
+    def configure(
+        self,
+        *,
+        memory: MemoryMode | None = None,
+        drop_path_mode: DropPathMode | None = None,
+        attention_backend: AttentionBackend | None = None,
+    ) -> None:
+        """Choose how the same function of (N, T, M, V, C) is computed; None leaves a choice as it is.
+
+        Args:
+            memory: What layers keep for the backward pass: `"saved"` all that saves work, `"lean"` what is dear to compute
+                again, `"layer"` their inputs only.
+            drop_path_mode: `"skip"` does not compute what DropPath drops; `"mask"` computes and multiplies, with shapes that do
+                not depend on the draws, for compiled and captured steps.
+            attention_backend: `"auto"` what was measured to be fastest, `"fastskel"` merged projections where they pay, or the
+                plain projections with torch's `"sdpa"`, `"xformers"` or an explicit softmax (`"math"`).
+        Raises:
+            ValueError: On an unknown name.
+        """
+        choices = {
+            "memory": (memory, MEMORY_MODES),
+            "drop_path_mode": (drop_path_mode, DROP_PATH_MODES),
+            "attention_backend": (attention_backend, BACKENDS),
+        }
+        for name, (value, known) in choices.items():
+            if value is not None and value not in known:
+                raise ValueError(f"{type(self).__name__}: {name} must be one of {known}, got {value!r}. Choose one.")
+        for name, (value, _) in choices.items():
+            if value is not None:
+                setattr(self, name, value)
+
+    def optimize_for_inference(self, dtype: torch.dtype | None = None) -> Self:
+        """Copy the encoder of (N, T, M, V, C) for inference: weights merged, folded and converted once.
+
+        Args:
+            dtype: Type of matrix products, e.g. torch.bfloat16; None keeps the encoder's. Residual stream, normalisation and
+                features are float32 at least.
+        Returns:
+            An encoder without gradients that stays in evaluation mode; later changes of this one do not reach it. It can move to
+            another device, but holds no parameters to save.
+        Raises:
+            ValueError: If `dtype` is not a floating-point type, or the attention backend chosen is not there.
+        """
+        if self.frozen:
+            if dtype not in (None, self.frozen):
+                raise ValueError(
+                    f"optimize_for_inference: dtype must be {self.frozen} for this copy, got {dtype}. Copy the original."
+                )
+            return self
+        dtype = self.spe.dtype if dtype is None else dtype
+        if not dtype.is_floating_point:
+            raise ValueError(f"optimize_for_inference: dtype must be floating point, got {dtype}. Use torch.bfloat16.")
+        frozen = copy.deepcopy(self).eval().requires_grad_(False)
+        wide = Precision.of(dtype).residual
+        for name, child in self.named_children():
+            if isinstance(child, _Freezable):
+                frozen.add_module(name, child.freeze(dtype, self.attention_backend))
+        frozen.tpe.to(wide)
+        frozen.spe.data = frozen.spe.data.to(wide)
+        frozen.frozen = dtype
+        return frozen
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a copy made for inference of (N, T, M, V, C) refuses to train.
+
+        Raises:
+            ValueError: If this is such a copy.
+        """
+        if mode and self.frozen:
+            raise ValueError(f"{type(self).__name__}: mode must be evaluation for a copy made for inference, got training.")
+        return super().train(mode)
+
+    @contextlib.contextmanager
+    def merged_once(self) -> Iterator[None]:
+        """Merge projections once for all passes inside, as for the chunks of one optimiser step over (N, T, M, V, C).
+
+        Passes and their backward passes belong inside; gradients reach the projections when the block ends.
+        """
+        with contextlib.ExitStack() as stack:
+            for module in self.modules():
+                if isinstance(module, MergingLayer):
+                    stack.enter_context(module.merged_once())
+            yield
 
     def streams(self, temporal: Tensor, spatial: Tensor, view: View | None = None) -> tuple[Tensor, Tensor]:
         """Encode raw tokens.
@@ -107,5 +213,5 @@ class USDRLBackbone(Encoder):
             )
         self.check(view.clips)
         temporal, spatial = self.streams(*tokens(view.clips), view)
-        # amax splits the gradient evenly among ties, as the reference's does
-        return Features(torch.cat([temporal.amax(1), spatial.amax(1)], -1), temporal=temporal, spatial=spatial)
+        # ties share the gradient evenly, as under the reference's amax
+        return Features(torch.cat([token_max(temporal), token_max(spatial)], -1), temporal=temporal, spatial=spatial)

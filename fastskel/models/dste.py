@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastskel.data.batch import DrawAddress, View
 from fastskel.models.backbone import USDRLBackbone
 from fastskel.models.encoder import ENCODERS
-from fastskel.nn.drop_path import drop_path_scale
-from fastskel.nn.dst_layer import NUM_DROP_PATHS, DSTLayer
+from fastskel.nn.drop_path import NUM_DROP_PATHS, LayerDrops, drop_path_kept, layer_drops
+from fastskel.nn.dst_layer import DSTLayer
 from fastskel.nn.init import Init, initialise
 
 __all__ = ["DSTE"]
@@ -72,13 +72,16 @@ class DSTE(USDRLBackbone):
                 self.add_module(f"{name}{number or ''}", layer)
         initialise(self, init)
 
-    def layers(self, stream: Literal["t_tr", "s_tr"]) -> list[nn.Module]:
+    def layers(self, stream: Literal["t_tr", "s_tr"]) -> list[DSTLayer]:
         """Layers of one stream over tokens (N, S, D), first to last."""
-        return [self.get_submodule(f"{stream}{number or ''}") for number in range(self.num_layers)]
+        found = [self.get_submodule(f"{stream}{number or ''}") for number in range(self.num_layers)]
+        return cast("list[DSTLayer]", found)
 
-    def _drop_scales(self, rows: int, view: View | None, device: torch.device) -> list[list[Tensor | None]]:
+    # the draws are NumPy's: a compiler would trace into them
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _drops(self, rows: int, view: View | None, tokens: Tensor) -> tuple[list[LayerDrops], list[LayerDrops]]:
         if not self.training or self.drop_path == 0.0:
-            return [[None, None] for _ in range(self.num_layers)]
+            return ([LayerDrops.none()] * self.num_layers,) * 2
         address = None if view is None else view.address
         if address is None:
             # existing code seeds torch's generator and knows no addresses: one draw from it keys this forward pass
@@ -89,20 +92,25 @@ class DSTE(USDRLBackbone):
                 f"DSTE: view.address must have one index for each of {rows} clips, got {len(address.index)}. "
                 "Address the views with Batch.at."
             )
-        drawn = drop_path_scale(
+        drawn = drop_path_kept(
             self.drop_path, self.num_layers * 2 * NUM_DROP_PATHS,
             seed=address.seed, step=address.step, index=address.index, view=address.view,
-        )  # fmt: skip
-        scales = drawn.to(device).reshape(rows, self.num_layers, 2, NUM_DROP_PATHS)
-        return [[scales[:, layer, stream] for stream in range(2)] for layer in range(self.num_layers)]
+        ).reshape(rows, self.num_layers, 2, NUM_DROP_PATHS)  # fmt: skip
+        temporal, spatial = (
+            layer_drops(drawn[:, :, stream], self.drop_path, self.drop_path_mode, tokens.device) for stream in range(2)
+        )
+        return temporal, spatial
 
     def transform(self, temporal: Tensor, spatial: Tensor, view: View | None) -> tuple[Tensor, Tensor]:
         """Transform embedded tokens (N, T, D) and (N, M*V, D) to features of the same shapes."""
         t, s = temporal, spatial
-        scales = self._drop_scales(t.shape[0], view, t.device)
-        for t_layer, s_layer, (t_scale, s_scale) in zip(self.layers("t_tr"), self.layers("s_tr"), scales, strict=True):
-            t = t_layer(self.tpe(t), t_scale)
-            s = s_layer(s + self.spe, s_scale)
+        how = dict(memory=self.memory, backend=self.attention_backend)
+        t_drops, s_drops = self._drops(t.shape[0], view, t)
+        for t_layer, s_layer, t_drop, s_drop in zip(
+            self.layers("t_tr"), self.layers("s_tr"), t_drops, s_drops, strict=True
+        ):
+            t = t_layer(self.tpe(t), t_drop, **how)
+            s = s_layer(s + self.spe, s_drop, **how)
         return t, s
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import abc
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from fastskel.data.batch import View
 from fastskel.registry import Registry
@@ -70,6 +73,22 @@ class Encoder(nn.Module, abc.ABC):
         Raises:
             ValueError: On shapes, masks or modes that the encoder does not support.
         """
+
+
+    def optimize_for_inference(self, dtype: torch.dtype | None = None) -> Self:
+        """Copy the encoder of views (N, T, M, V, C) for inference: in evaluation mode, without gradients.
+
+        Encoders that can prepare their weights override this; here nothing is prepared.
+
+        Raises:
+            ValueError: If another type than the encoder's own is asked for.
+        """
+        own = next((p.dtype for p in self.parameters()), None)
+        if dtype not in (None, own):
+            raise ValueError(
+                f"optimize_for_inference: dtype must be None or {own} for {type(self).__name__}, got {dtype}. Use autocast."
+            )
+        return copy.deepcopy(self).eval().requires_grad_(False)
 
 
 ENCODERS: Registry[type[Encoder]] = Registry("encoder")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import copy
+
+from torch import Tensor
 
 from fastskel.data.batch import View
 from fastskel.models.backbone import USDRLBackbone
 from fastskel.models.encoder import ENCODERS
 from fastskel.nn.init import Init, initialise
+from fastskel.nn.post_norm import PostNormLayer, PostNormStack
 
 __all__ = ["STTR"]
 
@@ -51,13 +54,15 @@ class STTR(USDRLBackbone):
                 f"{num_layers}. Choose others."
             )
         for name in ("t_tr", "s_tr"):
-            block = nn.TransformerEncoderLayer(width, num_heads, width, dropout=0.0, batch_first=True)
-            self.add_module(name, nn.TransformerEncoder(block, num_layers, enable_nested_tensor=False))
+            first = PostNormLayer(width, num_heads)
+            self.add_module(name, PostNormStack(copy.deepcopy(first) for _ in range(num_layers)))
         initialise(self, init)
 
     def transform(self, temporal: Tensor, spatial: Tensor, view: View | None) -> tuple[Tensor, Tensor]:
         """Transform embedded tokens (N, T, D) and (N, M*V, D) to features of the same shapes."""
-        return self.get_submodule("t_tr")(self.tpe(temporal)), self.get_submodule("s_tr")(spatial + self.spe)
+        how = dict(memory=self.memory, backend=self.attention_backend)
+        t_tr, s_tr = self.get_submodule("t_tr"), self.get_submodule("s_tr")
+        return t_tr(self.tpe(temporal), **how), s_tr(spatial + self.spe, **how)
 
 
 ENCODERS.add("usdrl-sttr", STTR)

@@ -1,18 +1,52 @@
-"""Stochastic depth whose draws have addresses."""
+"""Stochastic depth whose draws have addresses, and whose dropped work is left out."""
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastskel import philox
 
-__all__ = ["drop_path_scale"]
+__all__ = ["DROP_PATH_MODES", "NUM_DROP_PATHS", "DropPathMode", "LayerDrops", "drop_path_kept", "layer_drops"]
+
+# residual branches of one dense spatio-temporal layer, in the order their draws are numbered:
+# CA attention, CA MLP, then attention and MLP of the shifted branch, then of the plain branch
+NUM_DROP_PATHS = 6
+CA_ATTENTION, CA_MLP, SHIFTED_ATTENTION, SHIFTED_MLP, PLAIN_ATTENTION, PLAIN_MLP = range(NUM_DROP_PATHS)
+
+DropPathMode = Literal["skip", "mask"]
+DROP_PATH_MODES: tuple[DropPathMode, ...] = ("skip", "mask")
 
 
-def drop_path_scale(rate: float, num_calls: int, *, seed: int, step: int, index: Tensor, view: Tensor) -> Tensor:
-    """Draw the factor of each residual branch for each sample.
+class LayerDrops(NamedTuple):
+    """What one layer does to each of its residual branches, in their order.
+
+    Attributes:
+        rows: Samples that are computed, (n,) int64 on the device, or None for all.
+        inner: Where the rows of CA's attention lie among those of its MLP, (n,); None if they are the same.
+        factors: What each branch is multiplied with: one number, or with masks (N, 1, 1) float64.
+        bias: Factor of the second linear's bias, summed over both dense shift branches: one number, or (N, 1, 1) float64.
+    """
+
+    rows: tuple[Tensor | None, ...]
+    inner: Tensor | None
+    factors: tuple[float | Tensor, ...]
+    bias: float | Tensor
+
+    @classmethod
+    def none(cls) -> LayerDrops:
+        """Drop nothing of any sample (N, S, D)."""
+        return cls((None,) * NUM_DROP_PATHS, None, (1.0,) * NUM_DROP_PATHS, 2.0)
+
+
+def drop_path_kept(
+    rate: float, num_calls: int, *, seed: int, step: int, index: Tensor, view: Tensor
+) -> NDArray[np.bool_]:
+    """Draw which residual branches are kept for each sample.
 
     Args:
         rate: Probability that a branch is dropped, in [0, 1).
@@ -22,12 +56,62 @@ def drop_path_scale(rate: float, num_calls: int, *, seed: int, step: int, index:
         index: Global sample index of each row, (N,), on the host.
         view: View number of each row, (N,), on the host.
     Returns:
-        `1 / (1 - rate)` or 0 for each sample and call, (N, num_calls), float32 on the host.
+        Whether each branch is kept, (N, num_calls).
     Raises:
         ValueError: If rate is outside [0, 1).
     """
     if not 0.0 <= rate < 1.0:
-        raise ValueError(f"drop_path_scale: rate must be in [0, 1), got {rate}. Choose a smaller rate.")
+        raise ValueError(f"drop_path_kept: rate must be in [0, 1), got {rate}. Choose a smaller rate.")
     drawn = philox.uniform(philox.words(seed, index.numpy(), step, view.numpy(), philox.Use.DROP_PATH, num_calls))
     # floor(keep + u) of the reference is 1 exactly where u >= rate
-    return torch.from_numpy((drawn >= np.float32(rate)).astype(np.float32)) / (1.0 - rate)
+    kept: NDArray[np.bool_] = drawn >= np.float32(rate)
+    return kept
+
+
+def layer_drops(
+    kept: NDArray[np.bool_], rate: float, mode: DropPathMode, device: torch.device
+) -> list[LayerDrops]:
+    """Plan the layers of one stream.
+
+    Args:
+        kept: Whether each branch of each layer is kept, (N, layers, 6), on the host.
+        rate: The rate it was drawn with.
+        mode: `"skip"` computes the kept samples only, which makes shapes depend on the draws; `"mask"` computes all of them
+            and multiplies, for compiled and captured steps.
+        device: Where the tokens are.
+    Returns:
+        One plan for each layer; a branch adds up to the same either way.
+    """
+    factor = 1.0 / (1.0 - rate)
+    if mode == "mask":
+        scales = torch.from_numpy(kept * factor).to(device, non_blocking=True)
+        return [_masked(scales[:, layer]) for layer in range(kept.shape[1])]
+    lists = [_indices(kept[:, layer]) for layer in range(kept.shape[1])]
+    # one copy to the device for all layers
+    flat = [rows for plan in lists for rows in plan if rows is not None]
+    packed = torch.from_numpy(np.concatenate([*flat, np.zeros(0, np.int64)])).to(device, non_blocking=True)
+    parts = iter(torch.split(packed, [len(rows) for rows in flat]))
+    plans = []
+    for layer, plan in enumerate(lists):
+        *rows, inner = [None if rows is None else next(parts) for rows in plan]
+        bias: float | Tensor = 2.0 * factor
+        if any(rows[call] is not None for call in (SHIFTED_MLP, PLAIN_MLP)):
+            live = kept[:, layer, [SHIFTED_MLP, PLAIN_MLP]].sum(1) * factor
+            bias = torch.from_numpy(live).to(device, non_blocking=True)[:, None, None]
+        plans.append(LayerDrops(tuple(rows), inner, (factor,) * NUM_DROP_PATHS, bias))
+    return plans
+
+
+def _masked(scales: Tensor) -> LayerDrops:
+    factors = tuple(scales[:, call, None, None] for call in range(NUM_DROP_PATHS))
+    return LayerDrops((None,) * NUM_DROP_PATHS, None, factors, factors[SHIFTED_MLP] + factors[PLAIN_MLP])
+
+
+def _indices(kept: NDArray[np.bool_]) -> list[NDArray[np.int64] | None]:
+    """List the rows of each branch of a layer, (N, 6), and where CA's attention lies within its MLP; None for all."""
+    kept = kept.copy()
+    # CA's output passes its last DropPath: where that drops, nothing before it is needed
+    kept[:, CA_ATTENTION] &= kept[:, CA_MLP]
+    rows = [None if column.all() else np.flatnonzero(column) for column in kept.T]
+    attention = kept[kept[:, CA_MLP], CA_ATTENTION]
+    return [*rows, None if attention.all() else np.flatnonzero(attention)]

@@ -1,34 +1,30 @@
 """Dense spatio-temporal layer: convolutional attention beside dense shift attention, sharing one attention.
 
-Source: specification of USDRL, sections 1.6 to 1.8. Child names are the reference's, because its checkpoints hold them.
+The modules hold parameters under the reference's names, because its checkpoints do; `dst_function` computes, and here it becomes
+one autograd node. Source: specification of USDRL, sections 1.6 to 1.8.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from fastskel.nn import dst_function as fn
+from fastskel.nn.attention import AttentionBackend, choose_backend
+from fastskel.nn.drop_path import LayerDrops
+from fastskel.nn.dst_function import Kept, LayerSpec, MemoryMode, Weights
 from fastskel.nn.mlp import MLP
+from fastskel.nn.precision import Precision, precision_of, without_autocast
+from fastskel.nn.projections import MergeCache, MergingLayer, Projections
 
-__all__ = ["NUM_DROP_PATHS", "ConvAttention", "DSTLayer", "DenseShiftAttention"]
-
-# residual branches of one layer, in the order their DropPath draws are numbered:
-# CA attention, CA MLP, then attention and MLP of the shifted branch, then of the plain branch
-NUM_DROP_PATHS = 6
-
-
-def _self_attention(attn: nn.MultiheadAttention, tokens: Tensor) -> Tensor:
-    out, _ = attn(tokens, tokens, tokens, need_weights=False)
-    return out  # type: ignore[no-any-return]
-
-
-def _dropped(branch: Tensor, scale: Tensor | None) -> Tensor:
-    return branch if scale is None else branch * scale.to(branch.dtype)[:, None, None]
+__all__ = ["ConvAttention", "DSTLayer", "DenseShiftAttention", "FrozenDSTLayer"]
 
 
 class ConvAttention(nn.Module):
-    """CA: per-token convolution, attention and MLP over (N, S, D); its last residual is left out, as published."""
+    """Parameters of CA: convolution over single tokens, attention and MLP over (N, S, D)."""
 
     def __init__(self, width: int, attn: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -38,28 +34,11 @@ class ConvAttention(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, 2 * width)
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Return the branch's output.
-
-        Args:
-            x: Tokens, (N, S, D).
-            scale: DropPath factors of attention and MLP, (N, 2).
-        Returns:
-            Tokens, (N, S, D); zero where the MLP is dropped.
-        """
-        # a convolution over one token is a linear map: no transposes
-        convolved = x + F.relu(F.linear(x, self.conv1.weight[:, :, 0], self.conv1.bias))
-        attended = _self_attention(self.attn, self.norm1(convolved))
-        u = _dropped(attended, None if scale is None else scale[:, 0]) + x
-        return _dropped(self.mlp(self.norm2(u)), None if scale is None else scale[:, 1])
-
 
 class DenseShiftAttention(nn.Module):
-    """DSA: the mean of one transformer block over the tokens and over a learned mixture of them, (N, S, D)."""
+    """Parameters of DSA: the token mixture, and the transformer block over tokens (N, S, D) and over their mixture."""
 
-    keep: Tensor
-
-    def __init__(self, num_tokens: int, width: int, gap: int, attn: nn.MultiheadAttention) -> None:
+    def __init__(self, num_tokens: int, width: int, attn: nn.MultiheadAttention) -> None:
         super().__init__()
         self.wt1 = nn.Linear(num_tokens, num_tokens)
         self.wt2 = nn.Linear(num_tokens, num_tokens)
@@ -67,53 +46,153 @@ class DenseShiftAttention(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, 2 * width)
-        # every gap-th token stays itself; the rows of wt2 behind them get zero gradients
-        self.register_buffer("keep", (torch.arange(num_tokens) % gap == 0)[:, None], persistent=False)
-
-    def shift(self, x: Tensor) -> Tensor:
-        """Mix tokens (N, S, D) along S; fewer tokens than configured use the leading block of the weights."""
-        n = x.shape[1]
-        hidden = F.relu(torch.matmul(self.wt1.weight[:n, :n], x) + self.wt1.bias[:n, None])
-        mixed = torch.matmul(self.wt2.weight[:n, :n], hidden) + self.wt2.bias[:n, None] + x
-        return torch.where(self.keep[:n], x.to(mixed.dtype), mixed)
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Return the branch's output.
-
-        Args:
-            x: Tokens, (N, S, D).
-            scale: DropPath factors, attention and MLP of the shifted, then of the plain branch, (N, 4).
-        Returns:
-            Tokens, (N, S, D).
-        """
-        shifted = self.shift(x)
-        p = torch.cat([shifted, x.to(shifted.dtype)])
-        s_attn = None if scale is None else torch.cat([scale[:, 0], scale[:, 2]])
-        s_mlp = None if scale is None else torch.cat([scale[:, 1], scale[:, 3]])
-        p = _dropped(_self_attention(self.attn, self.norm1(p)), s_attn) + p
-        p = p + _dropped(self.mlp(self.norm2(p)), s_mlp)
-        first, second = p.chunk(2)
-        return 0.5 * (first + second)
 
 
-class DSTLayer(nn.Module):
-    """`alpha * CA(x) + (1 - alpha) * DSA(x)` over tokens (N, S, D)."""
+class DSTLayer(MergingLayer):
+    """`alpha * CA(x) + (1 - alpha) * DSA(x)` over tokens (N, S, D), as one autograd node.
+
+    Args:
+        num_tokens: Most tokens S; fewer use the leading block of the token mixture.
+        width: Width D.
+        num_heads: Heads H.
+        alpha: Weight of CA.
+        gap: Every gap-th token passes the dense shift unchanged; the rows of `wt2` behind them get zero gradients.
+    """
 
     def __init__(self, num_tokens: int, width: int, num_heads: int, alpha: float, gap: int) -> None:
         super().__init__()
         attn = nn.MultiheadAttention(width, num_heads, batch_first=True)
         self.alpha = alpha
+        self.gap = gap
         self.CA = ConvAttention(width, attn)
-        self.DSA = DenseShiftAttention(num_tokens, width, gap, attn)
+        self.DSA = DenseShiftAttention(num_tokens, width, attn)
+        self.merged = MergeCache()
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    def attention(self) -> nn.MultiheadAttention:
+        """Return the attention that both branches of (N, S, D) share."""
+        return self.CA.attn
+
+    def _weights(self, projections: Projections) -> Weights:
+        ca, dsa = self.CA, self.DSA
+        assert ca.conv1.bias is not None
+        return Weights(
+            *projections,
+            ca.conv1.weight, ca.conv1.bias,
+            ca.norm1.weight, ca.norm1.bias, ca.norm2.weight, ca.norm2.bias,
+            ca.mlp.fc1.weight, ca.mlp.fc1.bias, ca.mlp.fc2.weight, ca.mlp.fc2.bias,
+            dsa.wt1.weight, dsa.wt1.bias, dsa.wt2.weight, dsa.wt2.bias,
+            dsa.norm1.weight, dsa.norm1.bias, dsa.norm2.weight, dsa.norm2.bias,
+            dsa.mlp.fc1.weight, dsa.mlp.fc1.bias, dsa.mlp.fc2.weight, dsa.mlp.fc2.bias,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        x: Tensor,
+        drops: LayerDrops | None = None,
+        *,
+        memory: MemoryMode = "lean",
+        backend: AttentionBackend = "auto",
+    ) -> Tensor:
         """Transform tokens.
 
         Args:
             x: Tokens, (N, S, D).
-            scale: DropPath factors, (N, 6), or None outside of training.
+            drops: What DropPath drops, None outside of training.
+            memory: How much is kept for the backward pass: `"saved"` most, `"layer"` the input only.
+            backend: Who computes attention.
         Returns:
-            Tokens, (N, S, D).
+            Tokens, (N, S, D); under autocast in float32, as the plain residual stream is.
+        Raises:
+            ValueError: On tokens of another shape or type, an unknown memory mode, or a backend that is unknown or not there.
         """
-        ca_scale, dsa_scale = (None, None) if scale is None else (scale[:, :2], scale[:, 2:])
-        return self.alpha * self.CA(x, ca_scale) + (1.0 - self.alpha) * self.DSA(x, dsa_scale)  # type: ignore[no-any-return]
+        attn = self.CA.attn
+        _check_tokens(x, self.DSA.wt1.in_features, attn.embed_dim)
+        fn.check_memory(memory)
+        precision = precision_of(x, attn.in_proj_weight, "DSTLayer")
+        attention = choose_backend(backend, attn.embed_dim, attn.num_heads, x.device, precision.compute)
+        spec = LayerSpec(attention, precision, self.alpha, self.gap, self.CA.norm1.eps, memory)
+        weights = self._weights(self.merged.get(attn, attention, precision.compute))
+        drops = LayerDrops.none() if drops is None else drops
+        out: Tensor = _Layer.apply(x, drops, spec, *weights)  # type: ignore[no-untyped-call]
+        return out
+
+    def freeze(self, dtype: torch.dtype, backend: AttentionBackend) -> FrozenDSTLayer:
+        """Prepare the layer over tokens (N, S, D) for inference in a type, apart from its parameters."""
+        return FrozenDSTLayer(self, dtype, backend)
+
+
+class FrozenDSTLayer(nn.Module):
+    """A layer over tokens (N, S, D) whose weights are merged, folded and converted once; without gradient.
+
+    Args:
+        layer: The layer; what happens to it afterwards has no influence.
+        dtype: Type of matrix products.
+        backend: Who computes attention.
+    """
+
+    @torch.no_grad()
+    def __init__(self, layer: DSTLayer, dtype: torch.dtype, backend: AttentionBackend) -> None:
+        super().__init__()
+        attn = layer.CA.attn
+        self.num_tokens, self.width = layer.DSA.wt1.in_features, attn.embed_dim
+        attention = choose_backend(backend, self.width, attn.num_heads, attn.in_proj_weight.device, dtype)
+        self.spec = LayerSpec(attention, Precision.of(dtype), layer.alpha, layer.gap, layer.CA.norm1.eps, "lean")
+        weights = layer._weights(layer.merged.get(attn, attention, dtype))
+        for name, value in fn.prepare(weights, self.spec.precision)._asdict().items():
+            # a copy, also where nothing was converted: the layer may go on training
+            self.register_buffer(name, value.detach().clone(), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, drops: LayerDrops | None = None, **_: Any) -> Tensor:
+        """Transform tokens (N, S, D), in the residual type; how was decided when the layer was frozen."""
+        _check_tokens(x, self.num_tokens, self.width)
+        if drops is not None and drops != LayerDrops.none():
+            raise ValueError("FrozenDSTLayer: drops must be None, got some. A frozen encoder does not train.")
+        weights = Weights(**{name: getattr(self, name) for name in Weights._fields})
+        with without_autocast(x.device):
+            return fn.forward(x.to(self.spec.precision.residual), weights, LayerDrops.none(), self.spec)[0]
+
+
+def _check_tokens(x: Tensor, most: int, width: int) -> None:
+    """Refuse tokens that are not (N, S, D) of this width, with S up to `most`.
+
+    Raises:
+        ValueError: Naming both shapes.
+    """
+    if x.dim() != 3 or x.shape[2] != width or not 1 <= x.shape[1] <= most:
+        raise ValueError(
+            f"DSTLayer: x must be (N, 1..{most}, {width}), got {tuple(x.shape)}. Build the layer for such tokens."
+        )
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, drops: LayerDrops, spec: LayerSpec, *parameters: Tensor
+    ) -> Tensor:
+        with without_autocast(x.device):
+            prepared = fn.prepare(Weights(*parameters), spec.precision)
+            y, xb, kept = fn.forward(x.to(spec.precision.residual), prepared, drops, spec)
+        if any(ctx.needs_input_grad):
+            ctx.drops, ctx.spec, ctx.dtype = drops, spec, x.dtype
+            if spec.memory == "layer":
+                # as it came: computed again, everything has the same bits
+                xb, kept = x, Kept(*(None,) * len(Kept._fields))
+            ctx.save_for_backward(xb, *kept, *parameters)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        xb, *rest = ctx.saved_tensors
+        kept, parameters = Kept(*rest[: len(Kept._fields)]), Weights(*rest[len(Kept._fields) :])
+        spec, drops = ctx.spec, ctx.drops
+        need = [name for name, wanted in zip(Weights._fields, ctx.needs_input_grad[3:], strict=True) if wanted]
+        with without_autocast(xb.device):
+            # prepared again: kept, the converted weights would outweigh a small batch
+            prepared = fn.prepare(parameters, spec.precision)
+            if kept.ca is None:
+                _, xb, kept = fn.forward(xb.to(spec.precision.residual), prepared, drops, spec)
+            dx, raw = fn.backward(grad, xb, kept, prepared, drops, spec, need)
+            grads = fn.unprepare(raw, parameters, spec.gap)
+        return (dx.to(ctx.dtype), None, None, *(grads[name] if name in need else None for name in Weights._fields))

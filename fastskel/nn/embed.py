@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-__all__ = ["PositionalEncoding", "SkeletonEmbedding"]
+from fastskel.nn.attention import AttentionBackend
+from fastskel.nn.gemm import linear, linear_grads, matmul
+from fastskel.nn.precision import Precision, precision_of, without_autocast
+
+__all__ = ["FrozenEmbedding", "PositionalEncoding", "SkeletonEmbedding", "embed"]
 
 
 class SkeletonEmbedding(nn.Module):
@@ -28,6 +34,10 @@ class SkeletonEmbedding(nn.Module):
             nn.Linear(features, width), nn.LayerNorm(width), nn.ReLU(inplace=True), nn.Linear(width, width)
         )
 
+    def freeze(self, dtype: torch.dtype, _: AttentionBackend) -> FrozenEmbedding:
+        """Prepare both networks, of tokens (N, S, I), for inference in a type, apart from their parameters."""
+        return FrozenEmbedding(self, dtype)
+
     def forward(self, temporal: Tensor, spatial: Tensor) -> tuple[Tensor, Tensor]:
         """Embed tokens.
 
@@ -37,11 +47,116 @@ class SkeletonEmbedding(nn.Module):
         Returns:
             Embedded tokens, (N, T, D) and (N, M*V, D).
         """
-        first = self.s_embedding[0]
-        assert isinstance(first, nn.Linear)
-        # frames run slowest in a spatial token, so a shorter clip is the leading slice of the weight: absent frames are 0
-        hidden = F.linear(spatial, first.weight[:, : spatial.shape[-1]], first.bias)
-        return self.t_embedding(temporal), self.s_embedding[1:](hidden)
+        return embed(temporal, self.t_embedding), embed(spatial, self.s_embedding)
+
+
+class FrozenEmbedding(nn.Module):
+    """Both networks over tokens (N, S, I) with weights converted once; without gradient.
+
+    Args:
+        embedding: The embedding; what happens to it afterwards has no influence.
+        dtype: Type of matrix products.
+    """
+
+    @torch.no_grad()
+    def __init__(self, embedding: SkeletonEmbedding, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.precision = Precision.of(dtype)
+        for kind, branch in (("t", embedding.t_embedding), ("s", embedding.s_embedding)):
+            self.eps = float(branch[1].eps)  # type: ignore[arg-type]
+            for name, value in _prepare(_parameters(branch), self.precision)._asdict().items():
+                # a copy, also where nothing was converted: the embedding may go on training
+                self.register_buffer(f"{kind}_{name}", value.detach().clone(), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, temporal: Tensor, spatial: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed tokens (N, T, M*V*C) and (N, M*V, T*C) to (N, T, D) and (N, M*V, D)."""
+        out = []
+        for kind, tokens in (("t", temporal), ("s", spatial)):
+            weights = _Weights(**{name: getattr(self, f"{kind}_{name}") for name in _Weights._fields})
+            with without_autocast(tokens.device):
+                out.append(_forward(tokens.to(self.precision.compute), weights, self.eps, self.precision)[0])
+        return out[0], out[1]
+
+
+def embed(tokens: Tensor, branch: nn.Sequential) -> Tensor:
+    """Run Linear, LayerNorm, ReLU and Linear over tokens (N, S, I), giving (N, S, D), as one autograd node.
+
+    Features may be fewer than the first linear takes: they are its leading ones, the rest counts as zero.
+    """
+    weights = _parameters(branch)
+    precision = precision_of(tokens, weights.first, "embed")
+    out: Tensor = _Embed.apply(tokens, precision, branch[1].eps, *weights)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Weights(NamedTuple):
+    first: Tensor
+    first_bias: Tensor
+    norm: Tensor
+    norm_bias: Tensor
+    last: Tensor
+    last_bias: Tensor
+
+
+def _parameters(branch: nn.Sequential) -> _Weights:
+    first, norm, _, last = branch
+    return _Weights(first.weight, first.bias, norm.weight, norm.bias, last.weight, last.bias)  # type: ignore[arg-type]
+
+
+def _prepare(w: _Weights, precision: Precision) -> _Weights:
+    cast = {k: v.to(precision.residual if k.startswith("norm") else precision.compute) for k, v in w._asdict().items()}
+    return _Weights(**cast)
+
+
+def _rectified(h: Tensor, w: _Weights, eps: float, precision: Precision) -> tuple[Tensor, Tensor, Tensor]:
+    out, mean, rstd = torch.native_layer_norm(h.to(precision.residual), h.shape[-1:], w.norm, w.norm_bias, eps)
+    return out.relu_(), mean, rstd
+
+
+def _forward(xb: Tensor, w: _Weights, eps: float, precision: Precision) -> tuple[Tensor, Tensor]:
+    """Return the embedded tokens, and the output of the first linear."""
+    # frames run slowest in a spatial token, so a shorter clip is the leading slice of the weight: absent frames are 0
+    h = linear(xb, w.first[:, : xb.shape[-1]], w.first_bias)
+    return linear(_rectified(h, w, eps, precision)[0].to(precision.compute), w.last, w.last_bias), h
+
+
+class _Embed(torch.autograd.Function):
+    """Keeps the tokens and the first linear's output; normalised and rectified again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, precision: Precision, eps: float, *parameters: Tensor) -> Tensor:
+        with without_autocast(x.device):
+            xb = x.to(precision.compute)
+            out, h = _forward(xb, _prepare(_Weights(*parameters), precision), eps, precision)
+        if any(ctx.needs_input_grad):
+            ctx.precision, ctx.eps, ctx.dtype = precision, eps, x.dtype
+            ctx.save_for_backward(xb, h, *parameters)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        xb, h, *parameters = ctx.saved_tensors
+        compute, residual, wide = ctx.precision
+        need_x, _, _, *need = ctx.needs_input_grad
+        with without_autocast(xb.device):
+            w = _prepare(_Weights(*parameters), ctx.precision)
+            rectified, mean, rstd = _rectified(h, w, ctx.eps, ctx.precision)
+            g = grad.to(compute)
+            d_last = linear_grads(g, rectified.to(compute), wide, need[4] or need[5])
+            dh = matmul(g, w.last).to(residual).masked_fill_(rectified <= 0, 0)
+            dh, d_norm, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
+                dh, h.to(residual), h.shape[-1:], mean, rstd, w.norm, w.norm_bias, [True] * 3
+            )
+            dh = dh.to(compute)
+            d_first, d_first_bias = linear_grads(dh, xb, wide, need[0] or need[1])
+            if d_first is not None:
+                d_first = F.pad(d_first, (0, parameters[0].shape[1] - d_first.shape[1]))
+            dx = matmul(dh, w.first[:, : xb.shape[-1]]).to(ctx.dtype) if need_x else None
+        grads = (d_first, d_first_bias, d_norm, d_norm_bias, *d_last)
+        wanted = [g.to(parameters[0].dtype) if n and g is not None else None for g, n in zip(grads, need, strict=True)]
+        return (dx, None, None, *wanted)
 
 
 class PositionalEncoding(nn.Module):

@@ -12,29 +12,53 @@ from torch import Tensor
 from fastskel import philox
 from fastskel.data.batch import Batch, View, concat_views
 from fastskel.models import DSTE
-from fastskel.nn.drop_path import drop_path_scale
-from fastskel.nn.dst_layer import NUM_DROP_PATHS
+from fastskel.nn import drop_path
+from fastskel.nn.drop_path import NUM_DROP_PATHS, LayerDrops, drop_path_kept, layer_drops
 
 RATE = 0.3
 
 
-def encoder(rate: float = RATE) -> DSTE:
+def encoder(rate: float = RATE, **options: int) -> DSTE:
     torch.manual_seed(0)
-    return DSTE(num_joints=5, num_bodies=1, num_frames=4, width=8, drop_path=rate).double().train()
+    sizes = dict(num_joints=5, num_bodies=1, num_frames=4, width=8, drop_path=rate)
+    return DSTE(**(sizes | options)).double().train()
 
 
-def scales_of(model: DSTE, view: View) -> Tensor:
-    """Factors that reached the layers, (N, num_layers, 2, 6)."""
-    seen: dict[str, Tensor] = {}
-    names = [f"{stream}{number or ''}" for number in range(model.num_layers) for stream in ("t_tr", "s_tr")]
+def names_of(model: DSTE) -> list[str]:
+    return [f"{stream}{number or ''}" for number in range(model.num_layers) for stream in ("t_tr", "s_tr")]
+
+
+def plans_of(model: DSTE, view: View) -> list[LayerDrops]:
+    """Plans that reached the layers: temporal and spatial of the first layer, then of the next."""
+    seen: dict[str, LayerDrops] = {}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[1]}))
-        for name in names
+        for name in names_of(model)
     ]
     model(view)
     for hook in hooks:
         hook.remove()
-    return torch.stack([seen[name] for name in names], 1).reshape(len(view.clips), model.num_layers, 2, NUM_DROP_PATHS)
+    return [seen[name] for name in names_of(model)]
+
+
+def factors_of(plan: LayerDrops, rows: int) -> Tensor:
+    """What each branch is multiplied with, (N, 6), whichever way the plan says it."""
+    found = torch.zeros(rows, NUM_DROP_PATHS, dtype=torch.float64)
+    for branch, (kept, factor) in enumerate(zip(plan.rows, plan.factors, strict=True)):
+        if isinstance(factor, Tensor):
+            found[:, branch] = factor[:, 0, 0]
+        else:
+            found[slice(None) if kept is None else kept, branch] = factor
+    return found
+
+
+def scales_of(model: DSTE, view: View) -> Tensor:
+    """Factors that reached the layers, (N, num_layers, 2, 6), computed and multiplied with."""
+    model.configure(drop_path_mode="mask")
+    rows = len(view.clips)
+    found = torch.stack([factors_of(plan, rows) for plan in plans_of(model, view)], 1)
+    model.configure(drop_path_mode="skip")
+    return found.reshape(rows, model.num_layers, 2, NUM_DROP_PATHS)
 
 
 def batch_of(make_view, index: list[int], num_views: int = 3) -> Batch:
@@ -53,7 +77,7 @@ def test_draws_are_those_of_the_documented_address(make_view):
                 kept = philox.uniform(word) >= np.float32(RATE)
                 layer, stream, branch = np.unravel_index(call, (2, 2, NUM_DROP_PATHS))
                 actual = float(scales[row, layer, stream, branch])
-                assert actual == pytest.approx(kept / (1 - RATE), rel=1e-7)
+                assert actual == pytest.approx(kept / (1 - RATE), rel=1e-15)
     assert (scales == 0).any() and (scales > 0).any()
 
 
@@ -87,11 +111,10 @@ def test_draws_change_with_seed_and_step(change, make_view):
 def test_rate(rate):
     rows, calls = 5000, 24
     view = torch.zeros(rows, dtype=torch.int64)
-    scale = drop_path_scale(rate, calls, seed=0, step=0, index=torch.arange(rows), view=view)
-    assert scale.shape == (rows, calls) and scale.dtype == torch.float32
-    assert set(scale.unique().tolist()) <= {0.0, torch.tensor(1 / (1 - rate)).item()}
+    kept = drop_path_kept(rate, calls, seed=0, step=0, index=torch.arange(rows), view=view)
+    assert kept.shape == (rows, calls) and kept.dtype == np.bool_
     # five deviations of a mean of 5,000 draws, and of the correlation of any two calls
-    dropped = (scale == 0).double()
+    dropped = torch.from_numpy(~kept).double()
     assert (dropped.mean(0) - rate).abs().max() <= 5 * (rate * (1 - rate) / rows) ** 0.5
     if rate:
         correlation = torch.corrcoef(dropped.T) - torch.eye(calls)
@@ -102,7 +125,135 @@ def test_rate(rate):
 def test_rates_out_of_range_are_refused(rate):
     zero = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match=rf"rate must be in \[0, 1\), got {rate}"):
-        drop_path_scale(rate, 1, seed=0, step=0, index=zero, view=zero)
+        drop_path_kept(rate, 1, seed=0, step=0, index=zero, view=zero)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.9])
+def test_both_ways_plan_the_same(rate):
+    """Skipped branches have the factors of masked ones, but where CA's output is dropped: its attention goes with it."""
+    rows, layers = 50, 3
+    kept = np.random.default_rng(0).random((rows, layers, NUM_DROP_PATHS)) >= rate
+    kept[:, 2] = True
+    skips, masks = (layer_drops(kept, rate, mode, torch.device("cpu")) for mode in ("skip", "mask"))
+    for layer, (skip, mask) in enumerate(zip(skips, masks, strict=True)):
+        masked = factors_of(mask, rows)
+        torch.testing.assert_close(masked, torch.from_numpy(kept[:, layer] / (1 - rate)), rtol=1e-15, atol=0)
+        assert mask.rows == (None,) * NUM_DROP_PATHS and mask.inner is None
+        masked[:, drop_path.CA_ATTENTION] *= torch.from_numpy(kept[:, layer, drop_path.CA_MLP])
+        torch.testing.assert_close(factors_of(skip, rows), masked, rtol=1e-15, atol=0)
+        bias = torch.as_tensor(skip.bias, dtype=torch.float64).expand(rows, 1, 1)
+        torch.testing.assert_close(bias, mask.bias, rtol=1e-15, atol=0)
+        # CA's attention is addressed within the rows of its MLP
+        mlp = torch.arange(rows) if skip.rows[drop_path.CA_MLP] is None else skip.rows[drop_path.CA_MLP]
+        attention = torch.arange(rows) if skip.rows[drop_path.CA_ATTENTION] is None else skip.rows[drop_path.CA_ATTENTION]
+        assert torch.equal(mlp if skip.inner is None else mlp[skip.inner], attention)
+    assert skips[2].rows == (None,) * NUM_DROP_PATHS and skips[2].inner is None
+
+
+@pytest.mark.parametrize("gone", [0.0, 1.0], ids=["none dropped", "all dropped"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("memory", ["saved", "lean", "layer"])
+def test_both_ways_compute_the_same_at_the_ends(gone, rows, memory, make_view, monkeypatch):
+    """With every sample kept, and with every sample dropped."""
+    model, view = encoder(), batch_of(make_view, list(range(rows))).at(seed=1, step=2).views[0]
+    monkeypatch.setattr(
+        "fastskel.models.dste.drop_path_kept",
+        lambda rate, calls, *, seed, step, index, view: np.full((len(index), calls), gone == 0.0),
+    )
+    found = []
+    for mode in ("skip", "mask"):
+        model.configure(drop_path_mode=mode, memory=memory)
+        model.zero_grad()
+        pooled = model(view).pooled
+        (pooled**3).sum().backward()
+        assert pooled.isfinite().all()
+        found.append([pooled.detach(), *(p.grad for p in model.parameters())])
+    for skip, mask in zip(*found, strict=True):
+        torch.testing.assert_close(skip, mask, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory", ["saved", "lean", "layer"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_skipping_computes_what_masking_computes(heads, memory, make_view):
+    view = concat_views(batch_of(make_view, [4, 0, 9, 5]).at(seed=1, step=2).views)
+    model, found = encoder(num_heads=heads, num_layers=3), []
+    for mode in ("skip", "mask"):
+        model.configure(drop_path_mode=mode, memory=memory)
+        model.zero_grad()
+        features = model(view)
+        (features.pooled**3).sum().backward()
+        found.append([features.temporal.detach(), features.spatial.detach(), *(p.grad for p in model.parameters())])
+    for skip, mask in zip(*found, strict=True):
+        # fp64 rounding through three layers
+        torch.testing.assert_close(skip, mask, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", ["skip", "mask"])
+def test_features_do_not_depend_on_chunks(mode, make_view):
+    """Rows of a batch of all views, in one pass and in passes over any part of it."""
+    view = concat_views(batch_of(make_view, [4, 0, 9, 5, 2**31]).at(seed=1, step=2).views)
+    model = encoder(0.5)
+    model.configure(drop_path_mode=mode)
+    whole = model(view)
+    parts: dict[str, list[Tensor]] = {"pooled": [], "temporal": [], "spatial": []}
+    sizes = [1, 4, 7, 2, 1]
+    for rows in torch.arange(15).split(sizes):
+        address = replace(view.address, index=view.address.index[rows], view=view.address.view[rows])
+        features = model(replace(view, clips=view.clips[rows], mask=view.mask[rows], address=address))
+        for name, found in parts.items():
+            found.append(getattr(features, name))
+    for name, found in parts.items():
+        # fp64 rounding of products in blocks of another size
+        torch.testing.assert_close(torch.cat(found), getattr(whole, name), rtol=1e-12, atol=1e-12)
+    # the masks did something, and not the same to all rows
+    unlike = (whole.temporal - model.eval()(view).temporal).abs().amax((1, 2))
+    assert (unlike > 1e-3).sum() > 10 and unlike.unique().numel() > 10
+
+
+def test_gradients_do_not_depend_on_chunks(make_view):
+    view = concat_views(batch_of(make_view, [4, 0, 9, 5]).at(seed=3, step=2).views)
+    model, weight = encoder(0.5), torch.randn(12, 16).double()
+    (model(view).pooled * weight).sum().backward()
+    whole = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    for rows in torch.arange(12).split(5):
+        address = replace(view.address, index=view.address.index[rows], view=view.address.view[rows])
+        part = replace(view, clips=view.clips[rows], mask=view.mask[rows], address=address)
+        (model(part).pooled * weight[rows]).sum().backward()
+    for parameter, expected in zip(model.parameters(), whole, strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_skipping_has_the_mean_and_variance_of_masking():
+    """Of a layer's output and input gradient; both ways draw anew: two samples of what should be one distribution."""
+    torch.manual_seed(0)
+    draws, rate = 8000, 0.3
+    layer = encoder(num_frames=3).get_submodule("t_tr")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(1, 3, 8).double().expand(draws, -1, -1)
+    weight = torch.randn(1, 3, 8).double()
+    samples = {}
+    for seed, mode in enumerate(("skip", "mask")):
+        drawn = drop_path_kept(
+            rate, NUM_DROP_PATHS, seed=seed, step=0, index=torch.arange(draws), view=torch.zeros(draws, dtype=torch.int64)
+        )
+        (plan,) = layer_drops(drawn[:, None], rate, mode, torch.device("cpu"))
+        rows = x.clone().requires_grad_()
+        out = layer(rows, plan)
+        (gradient,) = torch.autograd.grad((out * weight).sum(), rows)
+        samples[mode] = torch.cat([out.detach().flatten(1), gradient.flatten(1)], 1)
+    skip, mask = samples["skip"], samples["mask"]
+    assert not torch.equal(skip, mask)
+    # five standard errors of the difference of two means; 48 numbers are compared, so one in 36,000 runs would exceed it
+    error = ((skip.var(0) + mask.var(0)) / draws).sqrt()
+    assert ((skip.mean(0) - mask.mean(0)).abs() / error).max() < 5
+    # and of two variances: that of a sample variance is (fourth moment - variance^2) / draws
+    fourth = [((sample - sample.mean(0)) ** 4).mean(0) - sample.var(0) ** 2 for sample in (skip, mask)]
+    error = (sum(fourth) / draws).sqrt()
+    assert ((skip.var(0) - mask.var(0)).abs() / error).max() < 5
+    assert skip.var(0).min() > 1e-4
 
 
 def test_without_address_draws_follow_torchs_seed(make_view):
@@ -118,8 +269,8 @@ def test_without_address_draws_follow_torchs_seed(make_view):
 def test_nothing_is_drawn_where_nothing_is_dropped(make_view):
     view, training, evaluating = make_view((4, 4, 1, 5, 3)), encoder(0.0), encoder().eval()
     before = torch.get_rng_state()
-    # eval may take torch's fused attention: fp64 rounding
-    torch.testing.assert_close(training(view).pooled, evaluating(view).pooled, rtol=1e-12, atol=1e-12)
+    assert torch.equal(training(view).pooled, evaluating(view).pooled)
+    assert plans_of(training, view) == plans_of(evaluating, view) == [LayerDrops.none()] * 4
     assert torch.equal(torch.get_rng_state(), before)
 
 
