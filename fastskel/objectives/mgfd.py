@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from fastskel.data.batch import Batch, concat_views
 from fastskel.data.views import ViewSpec
 from fastskel.models.encoder import Encoder
+from fastskel.nn.grouped_norm import grouped_projector
 from fastskel.nn.init import Init, initialise
+from fastskel.nn.pool import token_max
 from fastskel.objectives.functional import mgfd_loss
 from fastskel.objectives.objective import OBJECTIVES, Objective, Terms
 
@@ -66,28 +68,37 @@ class MGFD(Objective):
         initialise(self, init)
 
     def project(self, y_t: Tensor, y_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project one view's pooled streams, (N, D) each, to z_t and z_s (N, 2D) and z_i (N, 4D)."""
-        return self.t_proj(y_t), self.s_proj(y_s), self.i_proj(torch.cat([y_t, y_s], -1))
+        """Project the views' pooled streams, (W, N, D) each, to z_t and z_s (W, N, 2D) and z_i (W, N, 4D).
+
+        BatchNorm sees one view at a time, in order, as separate forward passes would.
+        """
+        return (
+            grouped_projector(self.t_proj, y_t),
+            grouped_projector(self.s_proj, y_s),
+            grouped_projector(self.i_proj, torch.cat([y_t, y_s], -1)),
+        )
 
     def embed(self, encoder: Encoder, batch: Batch) -> dict[str, Tensor]:
         """Embed all views.
 
         Returns:
-            `z_t` and `z_s` (W, N, 2D), `z_i` (W, N, 4D). BatchNorm sees one view at a time, in order, as separate
-            forward passes would.
+            `z_t` and `z_s` (W, N, 2D), `z_i` (W, N, 4D). Views of one shape share a pass of the encoder, and all share
+            one of each projector.
         """
         if self.training and len(batch) < 2:
-            raise ValueError("MGFD.embed: batch must have at least 2 samples in training, got 1. Statistics need two of them.")
+            raise ValueError(
+                "MGFD.embed: batch must have at least 2 samples in training, got 1. Statistics need two of them."
+            )
         shapes = {(view.clips.shape[1:], view.topology.name) for view in batch.views}
         groups = [batch.views] if len(shapes) == 1 else [[view] for view in batch.views]
         pooled: list[tuple[Tensor, Tensor]] = []
         for group in groups:
             features = encoder(concat_views(group))
-            y_t = features.need("temporal", "MGFD").amax(1)
-            y_s = features.need("spatial", "MGFD").amax(1)
-            pooled += zip(y_t.chunk(len(group)), y_s.chunk(len(group)), strict=True)
-        projected = [self.project(y_t, y_s) for y_t, y_s in pooled]
-        return {name: torch.stack(z) for name, z in zip(("z_t", "z_s", "z_i"), zip(*projected), strict=True)}
+            streams = (token_max(features.need(name, "MGFD")) for name in ("temporal", "spatial"))
+            y_t, y_s = (y.view(len(group), len(group[0].clips), y.shape[-1]) for y in streams)
+            pooled.append((y_t, y_s))
+        z_t, z_s, z_i = self.project(*(torch.cat(parts) for parts in zip(*pooled, strict=True)))
+        return {"z_t": z_t, "z_s": z_s, "z_i": z_i}
 
     def loss(self, embeddings: dict[str, Tensor], batch: Batch, progress: float) -> Terms:
         """Return the MG-FD loss of embeddings with leading (W, N) and its named terms, () each."""

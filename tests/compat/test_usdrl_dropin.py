@@ -245,14 +245,159 @@ def test_bones_of_an_unknown_skeleton_are_refused(module):
 
 @both
 def test_the_backbone_is_called_as_a_module(module):
-    """Hooks and replacements of `model.backbone` in existing code take effect."""
+    """Hooks and replacements of `model.backbone` in existing code take effect; four views that agree are one call."""
     model, calls = module.USDRL(**ARGUMENTS), []
-    model.backbone.register_forward_hook(lambda *_: calls.append(1))
+    model.backbone.register_forward_hook(lambda _, args, __: calls.append(args[0].shape[0]))
     model(*clips(2))
-    assert len(calls) == 4
+    assert calls == [8]
     model.backbone = nn.DataParallel(model.backbone)
     model(*clips(2))
-    assert len(calls) == 8
+    assert calls == [8, 8]
+    model(*clips(2)[:3], clips(3)[3])
+    assert calls == [8, 8, 2, 2, 2, 3]
+
+
+def view_by_view(model: nn.Module, views: list[Tensor]) -> tuple[list[Tensor], ...]:
+    """What the reference does, through torch's own modules and maxima."""
+    embedded = []
+    for view in views:
+        y_t, y_s = (y.amax(1) for y in model.backbone(*model.modality_generation(view, model.modality)))
+        embedded.append((model.t_proj(y_t), model.s_proj(y_s), model.i_proj(torch.cat([y_t, y_s], -1))))
+    return tuple(list(z) for z in zip(*embedded, strict=True))
+
+
+def exact(module, modality: str = "joint") -> nn.Module:
+    """In fp64, without DropPath, with weights so large that views differ in their statistics."""
+    torch.manual_seed(0)
+    model = module.USDRL(**ARGUMENTS, modality=modality).double()
+    if module is dste:
+        model.backbone.drop_path = 0.0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def compare(model: nn.Module, views: list[Tensor], other: nn.Module | None = None) -> None:
+    """Embeddings, gradients of weights and clips, and running statistics, against view by view."""
+    other = copy.deepcopy(model) if other is None else other
+    leaves = [[view.clone().requires_grad_() for view in views] for _ in range(2)]
+    actual, expected = model(*leaves[0]), view_by_view(other, leaves[1])
+    factors = [torch.randn(z[0].shape[1], dtype=torch.float64) for z in expected]
+    for lists in (actual, expected):
+        assert all(isinstance(z, list) and len(z) == 4 for z in lists)
+        # squares, because sums over a batch lose what a norm centred
+        sum(((z + number) ** 2 @ factor).sum() for domain, factor in zip(lists, factors, strict=True)
+            for number, z in enumerate(domain)).backward()  # fmt: skip
+    for domain, truth in zip(actual, expected, strict=True):
+        for z, other_z in zip(domain, truth, strict=True):
+            torch.testing.assert_close(z, other_z, rtol=1e-8, atol=1e-9)
+            assert z.is_contiguous()
+    for one, two in zip(leaves[0], leaves[1], strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-6, atol=1e-7)
+    for (name, parameter), truth in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, truth[1].grad, rtol=1e-6, atol=1e-6, msg=name)
+    for (name, buffer), truth in zip(model.named_buffers(), other.named_buffers(), strict=True):
+        torch.testing.assert_close(buffer, truth[1], rtol=1e-9, atol=1e-10, msg=name)
+
+
+@both
+@pytest.mark.parametrize("modality", ["joint", "bone", "motion"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_views_together_equal_views_singly(module, modality, training):
+    views = [(1 + number) * view.double() for number, view in enumerate(clips(5, seed=3))]
+    compare(exact(module, modality).train(training), views)
+
+
+@both
+def test_views_that_differ_pass_singly(module):
+    """Of other lengths, batch sizes or types."""
+    model, views = exact(module).train(), [view.double() for view in clips(5)]
+    calls = []
+    model.backbone.register_forward_hook(lambda *_: calls.append(1))
+    compare(model, [views[0], views[1][:, :, :20], views[2], views[3][:4]], other=exact(module).train())
+    assert len(calls) == 4
+    with pytest.raises((RuntimeError, ValueError), match="type"):
+        model(*views[:3], views[3].float())
+
+
+@both
+def test_another_sub_forward_is_honoured(module):
+    class Halved(module.USDRL):
+        def sub_forward(self, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            z_t, z_s, z_i = super().sub_forward(data)
+            return z_t / 2, z_s / 2, z_i / 2
+
+    model = exact(module).eval()
+    views = [view.double() for view in clips(3)]
+    subclass = Halved(**ARGUMENTS).double().eval()
+    subclass.load_state_dict(model.state_dict())
+    patched = copy.deepcopy(model)
+    patched.sub_forward = lambda data: tuple(z / 2 for z in type(patched).sub_forward(patched, data))
+    for changed in (subclass, patched):
+        for domain, halves in zip(model(*views), changed(*views), strict=True):
+            for z, half in zip(domain, halves, strict=True):
+                torch.testing.assert_close(z / 2, half, rtol=1e-10, atol=1e-12)
+
+
+class Normalised(nn.Module):
+    """A backbone of somebody's own, whose output depends on the whole batch."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.norm = inner, nn.BatchNorm1d(16).double()
+
+    def forward(self, jt: Tensor, js: Tensor) -> tuple[Tensor, Tensor]:
+        y_t, y_s = self.inner(jt, js)
+        return self.norm(y_t.transpose(1, 2)).transpose(1, 2), y_s
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_backbone_with_batch_statistics_stays_exact(training):
+    model, calls = exact(sttr), []
+    model.backbone = Normalised(model.backbone)
+    model.train(training)
+    other = copy.deepcopy(model)
+    model.backbone.register_forward_hook(lambda *_: calls.append(1))
+    compare(model, [(1 + number) * view.double() for number, view in enumerate(clips(5))], other=other)
+    assert len(calls) == (4 if training else 1)
+
+
+def test_a_projector_of_ones_own_is_called_view_by_view():
+    model = exact(sttr).train()
+    model.i_proj = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 8)).double()
+    other, calls = copy.deepcopy(model), []
+    model.i_proj.register_forward_hook(lambda *_: calls.append(1))
+    compare(model, [view.double() for view in clips(5)], other=other)
+    assert len(calls) == 4
+
+
+def test_embeddings_may_be_changed_in_place():
+    model = exact(sttr).train()
+    z_t, _, _ = model(*(view.double() for view in clips(3)))
+    for number, z in enumerate(z_t):
+        z -= number
+    assert z_t[0]._base is None
+    sum(z.sum() for z in z_t).backward()
+
+
+def test_views_of_one_pass_are_dropped_independently():
+    """Four equal views: one draw of torch's generator keys the pass, and rows number the draws."""
+    model = dste.USDRL(**ARGUMENTS).train()
+    model.backbone.drop_path = 0.5
+    before, streams = torch.get_rng_state(), []
+    model.backbone.register_forward_hook(lambda *args: streams.append(args[2][0].detach()))
+    view = clips(16)[0]
+    model(*[view] * 4)
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    torch.randint(2**62, ())
+    assert torch.equal(torch.get_rng_state(), after)
+    quarters = streams[0].chunk(4)
+    # two samples of two views agree only if 12 coins do
+    for a in range(4):
+        for b in range(a):
+            assert int((quarters[a] == quarters[b]).all(-1).all(-1).sum()) <= 2
 
 
 def uniform_with(bound: float, weight: Tensor) -> bool:

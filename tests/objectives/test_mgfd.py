@@ -37,10 +37,12 @@ def make_batch(frames: tuple[int, ...] = (FRAMES,) * 4, rows: int = 5) -> Batch:
 
 
 def embed_singly(objective: MGFD, encoder: Encoder, views: list[View]) -> dict[str, Tensor]:
+    """Everything view by view, through torch's own modules and maxima."""
     parts = []
     for view in views:
         features = encoder(view)
-        parts.append(objective.project(features.temporal.amax(1), features.spatial.amax(1)))
+        y_t, y_s = features.temporal.amax(1), features.spatial.amax(1)
+        parts.append((objective.t_proj(y_t), objective.s_proj(y_s), objective.i_proj(torch.cat([y_t, y_s], -1))))
     return {name: torch.stack(z) for name, z in zip(("z_t", "z_s", "z_i"), zip(*parts, strict=True), strict=True)}
 
 
@@ -67,6 +69,34 @@ def test_one_pass_equals_a_pass_per_view(kind, frames):
         else:
             # the running statistics remember the order of the views
             assert not torch.allclose(value, others[name], rtol=1e-6, atol=1e-9)
+
+
+def test_every_projector_runs_once():
+    """Views of several lengths need a pass of the encoder each, but no more of the projectors."""
+    encoder, calls = make_encoder(), []
+    objective = MGFD(encoder, usdrl_views(num_views=3)).double().train()
+    for module in (encoder, objective.t_proj[0], objective.s_proj[3], objective.i_proj[6]):
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    for frames, passes in (((FRAMES,) * 3, 1), ((FRAMES, 3, FRAMES), 3)):
+        calls.clear()
+        objective.embed(encoder, make_batch(frames))
+        assert calls.count(encoder) == passes and len(calls) == passes + 3
+
+
+def test_hooks_of_a_norm_see_one_view_at_a_time():
+    encoder, seen = make_encoder(), []
+    objective = MGFD(encoder, usdrl_views()).double().train()
+    objective.i_proj[1].register_forward_hook(lambda *args: seen.append(args[2].shape))
+    objective.embed(encoder, make_batch())
+    assert seen == [(5, 2 * WIDTH)] * 4
+
+
+def test_one_sample_is_refused_in_training():
+    encoder = make_encoder()
+    objective = MGFD(encoder, usdrl_views()).double()
+    with pytest.raises(ValueError, match="MGFD.embed: batch must have at least 2 samples in training, got 1"):
+        objective.embed(encoder, make_batch(rows=1))
+    assert objective.eval().embed(encoder, make_batch(rows=1))["z_i"].shape == (4, 1, 4 * WIDTH)
 
 
 def test_gradients_of_one_pass_equal_those_of_a_pass_per_view():

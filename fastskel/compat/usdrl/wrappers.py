@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastskel.models.backbone import tokens
+from fastskel.nn.grouped_norm import can_group, grouped_projector
 from fastskel.nn.init import init_usdrl
+from fastskel.nn.pool import token_max
 from fastskel.objectives.mgfd import projector
 from fastskel.skeleton import Topology, stream, topology
 
@@ -59,6 +62,15 @@ def bones(joints: int) -> tuple[Topology, str]:
     return topology(name), variant
 
 
+def _project(projector: nn.Module, pooled: Tensor) -> list[Tensor]:
+    """Project views (W, N, D), in order; a projector that was replaced is called view by view."""
+    if can_group(projector):
+        assert isinstance(projector, nn.Sequential)
+        # clones, because existing code may change its embeddings in place, which views of one tensor do not allow
+        return [view.clone() for view in grouped_projector(projector, pooled)]
+    return [projector(view) for view in pooled]
+
+
 class PretrainingModel(nn.Module):
     """The reference's `USDRL`: backbone and three projectors over four views of clips (N, C, T, V, M)."""
 
@@ -85,16 +97,34 @@ class PretrainingModel(nn.Module):
     def sub_forward(self, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Embed one view, (N, C, T, V, M), to z_t and z_s (N, 2H) and z_i (N, 4H)."""
         y_t, y_s = self.backbone(*self.modality_generation(data, self.modality))
-        y_t, y_s = y_t.amax(dim=1), y_s.amax(dim=1)
+        y_t, y_s = token_max(y_t), token_max(y_s)
         return self.t_proj(y_t), self.s_proj(y_s), self.i_proj(torch.cat([y_t, y_s], dim=-1))
 
     def forward(
         self, data_v1: Tensor, data_v2: Tensor, data_v3: Tensor, data_v4: Tensor
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Embed four views, (N, C, T, V, M) each, to lists of z_t (N, 2H), z_s (N, 2H) and z_i (N, 4H)."""
-        embedded = [self.sub_forward(view) for view in (data_v1, data_v2, data_v3, data_v4)]
-        z_t, z_s, z_i = (list(z) for z in zip(*embedded, strict=True))
-        return z_t, z_s, z_i
+        """Embed four views, (N, C, T, V, M) each, to lists of z_t (N, 2H), z_s (N, 2H) and z_i (N, 4H).
+
+        Views that agree pass the backbone together. BatchNorm sees one view at a time, in order, either way.
+        """
+        views = (data_v1, data_v2, data_v3, data_v4)
+        if not self._joins(views):
+            z_t, z_s, z_i = (list(z) for z in zip(*map(self.sub_forward, views), strict=True))
+            return z_t, z_s, z_i
+        streams = self.backbone(*self.modality_generation(torch.cat(views), self.modality))
+        y_t, y_s = (token_max(y).view(len(views), len(data_v1), y.shape[-1]) for y in streams)
+        y_i = torch.cat([y_t, y_s], dim=-1)
+        return _project(self.t_proj, y_t), _project(self.s_proj, y_s), _project(self.i_proj, y_i)
+
+    def _joins(self, views: tuple[Tensor, ...]) -> bool:
+        """Whether one pass of the backbone over all views, (N, C, T, V, M) each, equals one pass per view."""
+        if getattr(self.sub_forward, "__func__", None) is not PretrainingModel.sub_forward:
+            return False
+        if len({(view.shape, view.dtype, view.device) for view in views}) != 1:
+            return False
+        # a backbone of somebody's own may look at the whole batch
+        norms = (child for child in self.backbone.modules() if isinstance(child, _BatchNorm))
+        return not any(norm.training or norm.running_mean is None for norm in norms)
 
 
 class DownstreamModel(nn.Module):
@@ -140,5 +170,5 @@ class DownstreamModel(nn.Module):
             # the reference writes 64 here: the frames of all its clips
             y_s = F.adaptive_avg_pool1d(y_s.transpose(1, 2), y_t.shape[1]).transpose(1, 2)
             return self.fc(torch.cat([y_t, y_s], dim=-1))  # type: ignore[no-any-return]
-        y_i = torch.cat([y_t.amax(dim=1), y_s.amax(dim=1)], dim=-1)
+        y_i = torch.cat([token_max(y_t), token_max(y_s)], dim=-1)
         return y_i if knn_eval else self.fc(y_i)
