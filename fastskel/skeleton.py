@@ -46,6 +46,14 @@ class Topology:
     bones: Mapping[str, tuple[int, ...]]
     axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @classmethod
+    def unknown(cls, num_joints: int) -> Topology:
+        """Name nothing but the number of joints, for arrays (N, T, M, V, C) that come without a skeleton."""
+        joints = tuple(range(num_joints))
+        parts = {part: joints if part == "torso" else () for part in PARTS}
+        names = tuple(f"joint{number}" for number in joints)
+        return cls(f"unknown-{num_joints}", names, 0, joints, parts, {"none": joints})
+
     def __post_init__(self) -> None:
         num = len(self.joints)
         for mapping in ("parts", "bones", "axes"):

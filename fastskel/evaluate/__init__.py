@@ -1,6 +1,7 @@
 """Evaluation of frozen encoders: cached features, nearest neighbours, linear probe, metrics and reports."""
 
-from fastskel.evaluate.features import FeatureSet, extract, raw_features
+from fastskel.evaluate.features import FeatureSet, dataset_features, raw_features
+from fastskel.evaluate.inference import extract
 from fastskel.evaluate.knn import knn_neighbours, knn_predict, knn_rank
 from fastskel.evaluate.linear import LinearConfig, LinearResult, choose_config, linear_probe
 from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy, top_k_accuracy
@@ -13,6 +14,7 @@ __all__ = [
     "accuracy",
     "choose_config",
     "confusion_matrix",
+    "dataset_features",
     "evaluate_knn",
     "evaluate_linear",
     "extract",

@@ -23,7 +23,7 @@ from fastskel.data.packed import PackedDataset
 from fastskel.data.views import ViewSpec
 from fastskel.models.encoder import Encoder
 
-__all__ = ["FeatureSet", "extract", "feature_key", "raw_features"]
+__all__ = ["FeatureSet", "dataset_features", "feature_key", "raw_features"]
 
 PRECISIONS = ("fp32", "bf16")
 # part of every key: raise it when the meaning of a cached file changes
@@ -90,7 +90,7 @@ def feature_key(
     return digest.hexdigest()
 
 
-def _check_indices(function: str, dataset: PackedDataset, indices: ArrayLike) -> NDArray[np.int64]:
+def checked_indices(function: str, dataset: PackedDataset, indices: ArrayLike) -> NDArray[np.int64]:
     array = np.asarray(indices)
     if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(
@@ -106,7 +106,7 @@ def _check_indices(function: str, dataset: PackedDataset, indices: ArrayLike) ->
     return array.astype(np.int64)
 
 
-def _batches(
+def batches(
     dataset: PackedDataset,
     view_spec: ViewSpec,
     indices: NDArray[np.int64],
@@ -188,7 +188,7 @@ def _read_cache(path: Path, key: str, indices: NDArray[np.int64]) -> Tensor | No
                 reason = "its content does not match its checksum"
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = f"it could not be read ({error})"
-    warnings.warn(f"extract: the features cached in {path} are computed again: {reason}.", stacklevel=3)
+    warnings.warn(f"dataset_features: the features cached in {path} are computed again: {reason}.", stacklevel=3)
     return None
 
 
@@ -208,7 +208,7 @@ def _write_cache(path: Path, key: str, result: FeatureSet) -> None:
         )
 
 
-def extract(
+def dataset_features(
     encoder: Encoder,
     dataset: PackedDataset,
     view_spec: ViewSpec,
@@ -245,12 +245,12 @@ def extract(
         ValueError: On indices, sizes or precision, and if a feature is not finite, naming the clip.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"extract: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}. Choose one.")
+        raise ValueError(f"dataset_features: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}. Choose one.")
     if batch_size < 1:
-        raise ValueError(f"extract: batch_size must be at least 1, got {batch_size}. Pass a positive number.")
+        raise ValueError(f"dataset_features: batch_size must be at least 1, got {batch_size}. Pass a positive number.")
     if cache_key is not None and (not cache_key or Path(cache_key).name != cache_key):
-        raise ValueError(f"extract: cache_key must be a plain file name, got {cache_key!r}. Leave out folders.")
-    chosen = _check_indices("extract", dataset, indices)
+        raise ValueError(f"dataset_features: cache_key must be a plain file name, got {cache_key!r}. Leave out folders.")
+    chosen = checked_indices("dataset_features", dataset, indices)
     path, key = None, ""
     if cache is not None:
         key = feature_key(encoder, dataset, view_spec, chosen, device=device, precision=precision)
@@ -262,16 +262,16 @@ def extract(
     order: list[Tensor] = []
     mixed = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
     with _frozen(encoder, device), mixed:
-        for batch in _batches(dataset, view_spec, chosen, batch_size, num_threads, progress, "features"):
+        for batch in batches(dataset, view_spec, chosen, batch_size, num_threads, progress, "features"):
             pooled = encoder(batch.views[0].to(device)).pooled
             if pooled.dim() != 2 or pooled.shape[0] != len(batch):
                 raise ValueError(
-                    f"extract: pooled features must be ({len(batch)}, F), got {tuple(pooled.shape)} from "
+                    f"dataset_features: pooled features must be ({len(batch)}, F), got {tuple(pooled.shape)} from "
                     f"{type(encoder).__name__}. Pool over frames, bodies and joints in the encoder."
                 )
             parts.append(pooled.float().cpu())
             order.append(batch.index)
-    result = _gather("extract", dataset, chosen, parts, order)
+    result = _gather("dataset_features", dataset, chosen, parts, order)
     if path is not None:
         _write_cache(path, key, result)
     return result
@@ -302,10 +302,10 @@ def raw_features(
     """
     if batch_size < 1:
         raise ValueError(f"raw_features: batch_size must be at least 1, got {batch_size}. Pass a positive number.")
-    chosen = _check_indices("raw_features", dataset, indices)
+    chosen = checked_indices("raw_features", dataset, indices)
     parts: list[Tensor] = []
     order: list[Tensor] = []
-    for batch in _batches(dataset, view_spec, chosen, batch_size, num_threads, progress, "coordinates"):
+    for batch in batches(dataset, view_spec, chosen, batch_size, num_threads, progress, "coordinates"):
         parts.append(batch.views[0].clips.flatten(1).float())
         order.append(batch.index)
     return _gather("raw_features", dataset, chosen, parts, order)

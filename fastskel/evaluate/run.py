@@ -16,7 +16,7 @@ from fastskel.data.identity import dataset_identity
 from fastskel.data.packed import PackedDataset
 from fastskel.data.protocols import Split
 from fastskel.data.views import ViewSpec
-from fastskel.evaluate.features import FeatureSet, extract, raw_features
+from fastskel.evaluate.features import FeatureSet, dataset_features, raw_features
 from fastskel.evaluate.knn import knn_rank
 from fastskel.evaluate.linear import LinearConfig, linear_probe
 from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy
@@ -89,7 +89,7 @@ def split_features(
             )
         else:
             parts.append(
-                extract(
+                dataset_features(
                     encoder,
                     dataset,
                     view_spec,

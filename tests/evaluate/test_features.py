@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from fastskel.data.views import eval_view
-from fastskel.evaluate import extract, raw_features
+from fastskel.evaluate import dataset_features, raw_features
 
 VIEW = eval_view(frames=6, normalise="none")
 INDICES = np.array([3, 0, 16, 7, 9])
 
 
 def _extract(encoder, dataset, indices=INDICES, **options):
-    return extract(encoder, dataset, VIEW, indices, progress=False, **options)
+    return dataset_features(encoder, dataset, VIEW, indices, progress=False, **options)
 
 
 def _only(folder: Path) -> Path:
@@ -115,18 +115,18 @@ CHANGES = [_change_weight, _change_setting, _change_data, _change_view, _change_
 @pytest.mark.parametrize("cache_key", [None, "train"], ids=["by-digest", "named"])
 def test_a_change_computes_again(encoder, dataset, tmp_path: Path, change, cache_key) -> None:
     options = {"cache": tmp_path, "cache_key": cache_key, "progress": False}
-    extract(encoder, dataset, VIEW, INDICES, **options)
+    dataset_features(encoder, dataset, VIEW, INDICES, **options)
     calls = encoder.calls[0]
     data, view, indices, options = change(encoder, dataset, options)
     if cache_key is None:
-        changed = extract(encoder, data, view, indices, **options)
+        changed = dataset_features(encoder, data, view, indices, **options)
         assert len(list(tmp_path.iterdir())) == 2
     else:
         with pytest.warns(UserWarning, match="computed again: it was made with other weights, data or settings"):
-            changed = extract(encoder, data, view, indices, **options)
+            changed = dataset_features(encoder, data, view, indices, **options)
         assert _only(tmp_path).name == "train.safetensors"
     assert encoder.calls[0] == calls + 1
-    fresh = extract(encoder, data, view, indices, **(options | {"cache": None}))
+    fresh = dataset_features(encoder, data, view, indices, **(options | {"cache": None}))
     assert torch.equal(changed.features, fresh.features)
 
 
