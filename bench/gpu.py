@@ -1,4 +1,4 @@
-"""Run everything that waits for a GPU, once: its facts, the GPU tests, the kernel benchmarks, the training steps.
+"""Run everything that waits for a GPU, once: facts, GPU tests, kernel benchmarks, training steps, the encoder comparison.
 
 Run as `python -m fastskel.bench.gpu --out DIR`. Appends one JSON line per result to DIR/<device>.jsonl, each with device,
 versions, commit and date; leaves what the parts printed in DIR/logs. Every part is a process with a time limit: one that
@@ -28,8 +28,8 @@ from fastskel.provenance import provenance
 
 __all__ = ["PARTS", "main"]
 
-PARTS = ("environment", "peak", "tests", "kernels", "step")
-LIMITS_S = {"environment": 20, "peak": 60, "tests": 150, "kernels": 90, "step": 100}
+PARTS = ("environment", "peak", "tests", "kernels", "step", "encoder")
+LIMITS_S = {"environment": 20, "peak": 60, "tests": 120, "kernels": 90, "step": 60, "encoder": 60}
 TOTAL_S = 580
 # a part given less than this cannot even import torch
 LEAST_S = 10
@@ -118,6 +118,20 @@ def _kernels_part(child: Child, out: Path, quick: bool) -> Outcome:
     return Outcome(results, "" if results and not status else _failure(status, output))
 
 
+def _encoder_part(child: Child, out: Path, arguments: list[str]) -> Outcome:
+    """Compare the encoder with the plain reference; every provider becomes a row."""
+    scratch = out / "logs" / "encoder.jsonl"
+    scratch.unlink(missing_ok=True)
+    status, output = child.run("-m", "fastskel.bench.encoder", "--out", str(scratch), *arguments)
+    rows = [json.loads(line) for line in scratch.read_text().splitlines()] if scratch.is_file() else []
+    shared = ("device", "versions", "commit", "date", "part")
+    results = [
+        (f"{row['part']} {row['case']} {row['provider']}", {k: v for k, v in row.items() if k not in shared and k != "case"})
+        for row in rows
+    ]
+    return Outcome(results, "" if results and not status else _failure(status, output))
+
+
 def _command_output(*command: str) -> str | None:
     if shutil.which(command[0]) is None:
         return None
@@ -164,6 +178,9 @@ def _jobs(given: argparse.Namespace, device: str) -> list[tuple[str, str, Callab
             jobs.append(
                 ("step", case, lambda child, c=case, a=command: _json_part(child, c, "fastskel.bench.step", *a))  # type: ignore[misc]
             )
+    for encoder in ("dste", "sttr"):
+        arguments = ["--encoder", encoder, *on, *quick, "--batch", "8" if given.quick else "356"]
+        jobs.append(("encoder", encoder, lambda child, a=arguments: _encoder_part(child, given.out, a)))  # type: ignore[misc]
     return [job for job in jobs if job[0] in given.parts]
 
 
