@@ -1,0 +1,106 @@
+"""The fused encoders on a GPU: every way of computing them against the CPU's fp64, and that no step waits for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastskel.data.batch import DrawAddress, View
+from fastskel.models import DSTE, STTR
+from fastskel.nn.attention import choose_backend
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+ROWS, FRAMES = 6, 16
+
+
+def build(kind: type, heads: int = 1):
+    torch.manual_seed(0)
+    options = {"drop_path": 0.3} if kind is DSTE else {}
+    return kind(num_joints=25, num_bodies=2, num_frames=FRAMES, width=64, num_heads=heads, **options).train()
+
+
+def addressed(make_view, dtype: torch.dtype) -> View:
+    view = make_view((ROWS, FRAMES, 2, 25, 3), dtype=torch.float32)
+    address = DrawAddress(3, 5, torch.arange(ROWS), torch.zeros(ROWS, dtype=torch.int64))
+    return View(view.clips.to(dtype), view.mask, view.topology, address)
+
+
+def step(encoder, view: View, device: str, compute: torch.dtype | None = None) -> list[torch.Tensor]:
+    encoder = encoder.to(device)
+    encoder.zero_grad()
+    with torch.autocast(device, compute, enabled=compute is not None):
+        features = encoder(view.to(device))
+    # random directions: sums of normalised rows would be constant, and their gradients nothing but rounding
+    generator = torch.Generator().manual_seed(1)
+    outputs = (features.temporal, features.spatial)
+    sum((out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs).backward()
+    gradients = [p.grad for p in encoder.parameters()]
+    return [t.detach().double().cpu() for t in (features.temporal, features.spatial, *gradients)]
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-9))
+
+
+@pytest.mark.parametrize("mode", ["skip", "mask"])
+@pytest.mark.parametrize("memory", ["saved", "lean", "layer"])
+@pytest.mark.parametrize("backend", ["fastskel", "sdpa", "math"])
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("kind", [DSTE, STTR])
+def test_every_way_equals_the_host(kind, heads, backend, memory, mode, make_view):
+    encoder = build(kind, heads)
+    expected = step(encoder.double(), addressed(make_view, torch.float64), "cpu")
+    encoder.configure(memory=memory, drop_path_mode=mode, attention_backend=backend)
+    actual = step(encoder.float(), addressed(make_view, torch.float32), "cuda")
+    for a, b in zip(actual, expected, strict=True):
+        # fp32 sums of up to 6,000 terms; a gradient that is zero is rounding noise
+        assert relative(a, b) < 1e-3 or b.norm() < 1e-9
+
+
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [DSTE, STTR])
+def test_half_precision_is_close(kind, compute, make_view):
+    encoder = build(kind)
+    expected = step(encoder.double(), addressed(make_view, torch.float64), "cpu")
+    actual = step(encoder.float(), addressed(make_view, torch.float32), "cuda", compute)
+    for a, b in zip(actual[:2], expected[:2], strict=True):
+        assert relative(a, b) < 2e-2
+
+
+@pytest.mark.parametrize("kind", [DSTE, STTR])
+def test_a_step_never_waits_for_the_device(kind, make_view):
+    encoder, view = build(kind).cuda(), addressed(make_view, torch.float32).to("cuda")
+    for _ in range(2):
+        features = encoder(view)
+        features.pooled.sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        encoder(view).pooled.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_xformers_serves_or_says_why(make_view):
+    encoder = build(STTR, heads=4)
+    try:
+        choose_backend("xformers", 64, 4, torch.device("cuda"), torch.float32)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    expected = step(encoder.double(), addressed(make_view, torch.float64), "cpu")
+    encoder.configure(attention_backend="xformers")
+    for a, b in zip(step(encoder.float(), addressed(make_view, torch.float32), "cuda"), expected, strict=True):
+        assert relative(a, b) < 1e-3 or b.norm() < 1e-9
+
+
+def test_inference_is_captured_into_a_graph(make_view):
+    encoder, view = build(DSTE).cuda().eval(), addressed(make_view, torch.float32).to("cuda")
+    expected = encoder(view).pooled.detach()
+    prepared = encoder.optimize_for_inference()
+    with torch.inference_mode():
+        prepared(view)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = prepared(view).pooled
+        graph.replay()
+    assert relative(captured.double().cpu(), expected.double().cpu()) < 1e-4
