@@ -178,19 +178,21 @@ class _Layer(torch.autograd.Function):
             if spec.memory == "layer":
                 # as it came: computed again, everything has the same bits
                 xb, kept = x, Kept(*(None,) * len(Kept._fields))
-            ctx.save_for_backward(xb, *kept, *parameters)
+            # kept only where memory is no matter: the converted weights outweigh what a small batch keeps
+            converted = prepared if spec.memory == "saved" else ()
+            ctx.save_for_backward(xb, *kept, *parameters, *converted)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         xb, *rest = ctx.saved_tensors
-        kept, parameters = Kept(*rest[: len(Kept._fields)]), Weights(*rest[len(Kept._fields) :])
+        first, second = len(Kept._fields), len(Kept._fields) + len(Weights._fields)
+        kept, parameters, converted = Kept(*rest[:first]), Weights(*rest[first:second]), rest[second:]
         spec, drops = ctx.spec, ctx.drops
         need = [name for name, wanted in zip(Weights._fields, ctx.needs_input_grad[3:], strict=True) if wanted]
         with without_autocast(xb.device):
-            # prepared again: kept, the converted weights would outweigh a small batch
-            prepared = fn.prepare(parameters, spec.precision)
+            prepared = Weights(*converted) if converted else fn.prepare(parameters, spec.precision)
             if kept.ca is None:
                 _, xb, kept = fn.forward(xb.to(spec.precision.residual), prepared, drops, spec)
             dx, raw = fn.backward(grad, xb, kept, prepared, drops, spec, need)

@@ -226,18 +226,21 @@ class _Layer(torch.autograd.Function):
             if spec.memory == "layer":
                 # as it came: computed again, everything has the same bits
                 xb, kept = x, _Kept(*(None,) * len(_Kept._fields))
-            ctx.save_for_backward(xb, *kept, *parameters)
+            # kept only where memory is no matter: the converted weights outweigh what a small batch keeps
+            converted = prepared if spec.memory == "saved" else ()
+            ctx.save_for_backward(xb, *kept, *parameters, *converted)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         xb, *rest = ctx.saved_tensors
-        kept, w = _Kept(*rest[: len(_Kept._fields)]), _Weights(*rest[len(_Kept._fields) :])
+        first, second = len(_Kept._fields), len(_Kept._fields) + len(_Weights._fields)
+        kept, w, converted = _Kept(*rest[:first]), _Weights(*rest[first:second]), rest[second:]
         spec, needed = ctx.spec, ctx.needs_input_grad[2:]
         need = dict(zip(_Weights._fields, needed, strict=True))
         with without_autocast(xb.device):
-            prepared = _prepare(w, spec.precision)
+            prepared = _Weights(*converted) if converted else _prepare(w, spec.precision)
             if kept.norm1 is None:
                 _, xb, kept = _forward(xb.to(spec.precision.residual), prepared, spec)
             dx, got = _backward(grad, xb, kept, prepared, spec, need)
