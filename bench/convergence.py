@@ -2,8 +2,9 @@
 
 Run as `python -m fastskel.bench.convergence DATA --protocol xview --out FILE.jsonl`. For each seed both train from the same
 weights on the same batches with the same DropPath draws: the reference view by view, with masks and D x D losses; fastskel with
-all it does by default. Reported: how far each window of losses is from the reference's of the same seed, and what of a run
-lies outside the band between the least and the greatest of the reference's seeds.
+all it does by default. Reported: how far each window of losses is from the reference's of the same seed; the same for a
+control, the reference itself from weights that differ in the last bits; and what of a run, and of the mean over the seeds, lies
+outside the band between the least and the greatest of the reference's seeds.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from fastskel.objectives.mgfd import MGFD
 from fastskel.recipes import RECIPES
 from fastskel.train import Stage, start
 
-__all__ = ["inside", "main", "train"]
+__all__ = ["apart", "inside", "main", "train"]
 
 # losses are compared as means over so many steps
 WINDOW = 20
 # mean loss of each window, and 1-NN accuracy
 Result = tuple[list[float], float]
+# of the control's weights: a rounding of fp32
+PERTURBATION = 2.0**-23
 
 
 def _stage(dataset: PackedDataset, recipe: str, seed: int) -> Stage:
@@ -99,7 +102,7 @@ def train(
         recipe: Name of a recipe with four views and AAAI weighting.
         seed: Of weights, batches and draws.
         steps: Optimiser steps.
-        provider: "reference" or "fastskel".
+        provider: "reference", "control" (the reference from perturbed weights) or "fastskel".
     Returns:
         Mean loss of each window of steps, and 1-NN accuracy on the test clips.
     """
@@ -108,8 +111,12 @@ def train(
     assert isinstance(objective, MGFD)
     trained = nn.ModuleList([encoder, objective])
     call = _own_loss(encoder, objective)
-    if provider == "reference":
+    if provider != "fastskel":
         reference = _reference(stage, encoder, objective)
+        if provider == "control":
+            with torch.no_grad():
+                for parameter in reference.parameters():
+                    parameter.mul_(1 + PERTURBATION * torch.randn_like(parameter))
         trained, call = nn.ModuleList([reference]), _reference_loss(reference, encoder.config["drop_path"])
     trained.train()
     optimizer = torch.optim.Adam(trained.parameters(), lr=stage.lr, weight_decay=stage.weight_decay)
@@ -126,7 +133,7 @@ def train(
             losses.append(float(loss.detach()))
             if len(losses) == steps:
                 break
-    if provider == "reference":
+    if provider != "fastskel":
         encoder.load_state_dict(reference.backbone.state_dict(), strict=True)
     train_set, test_set = (
         dataset_features(encoder, dataset, stage.eval_view, clips, progress=False) for clips in (parts.train, parts.test)
@@ -148,6 +155,16 @@ def inside(windows: list[float], knn: float, references: list[Result]) -> list[s
     return out
 
 
+def apart(run: Result, other: Result) -> float:
+    """Return the greatest relative difference of two runs' windows of losses."""
+    return max(abs(a / b - 1) for a, b in zip(run[0], other[0], strict=True))
+
+
+def _mean(runs: list[Result]) -> Result:
+    windows = [statistics.mean(values) for values in zip(*(w for w, _ in runs), strict=True)]
+    return windows, statistics.mean(k for _, k in runs)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train all runs, print what lies outside, append one row."""
     parser = argparse.ArgumentParser(prog="python -m fastskel.bench.convergence", description=(__doc__ or "").splitlines()[0])
@@ -166,21 +183,22 @@ def main(arguments: list[str] | None = None) -> int:
         for provider, runs in (("reference", references), ("fastskel", own)):
             runs.append(train(dataset, parts, given.recipe, seed, given.steps, provider))
             print(f"{provider} {seed}: last window {runs[-1][0][-1]:.4f}, 1-NN {runs[-1][1]:.4f}", flush=True)
-    outside = {seed: inside(*run, references) for seed, run in zip(given.seeds, own, strict=True)}
-    apart = {
-        seed: max(abs(a / b - 1) for a, b in zip(ours[0], theirs[0], strict=True))
-        for seed, ours, theirs in zip(given.seeds, own, references, strict=True)
-    }
-    for seed in given.seeds:
-        print(f"seed {seed}: windows at most {apart[seed]:.2g} apart; outside the band: {outside[seed] or 'nothing'}")
+    control = train(dataset, parts, given.recipe, given.seeds[0], given.steps, "control")
+    outside = {str(seed): inside(*run, references) for seed, run in zip(given.seeds, own, strict=True)}
+    outside["mean"] = inside(*_mean(own), references)
+    distances = {str(seed): apart(a, b) for seed, a, b in zip(given.seeds, own, references, strict=True)}
+    distances["control"] = apart(control, references[0])
+    for name, distance in distances.items():
+        print(f"{name}: windows at most {distance:.2g} apart")
+    for name, found in outside.items():
+        print(f"{name}: outside the band: {'; '.join(found) or 'nothing'}")
     if given.out:
         row = {
             "case": "convergence", "data": dataset.source, "protocol": given.protocol, "recipe": given.recipe,
             "steps": given.steps, "window": WINDOW, "num_train": int(np.size(parts.train)),
             "reference": {str(s): {"loss": w, "knn_top1": k} for s, (w, k) in zip(given.seeds, references, strict=True)},
             "fastskel": {str(s): {"loss": w, "knn_top1": k} for s, (w, k) in zip(given.seeds, own, strict=True)},
-            "apart": {str(seed): value for seed, value in apart.items()},
-            "outside": {str(seed): found for seed, found in outside.items()}, **origin(),
+            "control": {"loss": control[0], "knn_top1": control[1]}, "apart": distances, "outside": outside, **origin(),
         }  # fmt: skip
         append_rows(given.out, [row])
     return 0

@@ -46,6 +46,7 @@ def test_both_providers_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(theirs[0]) == 2
     # Adam's first steps are as large for a small gradient as for a large one: rounding shows in the fifth digit
     assert ours[0] == pytest.approx(theirs[0], rel=1e-3)
+    assert convergence.apart(ours, theirs) < 1e-3 and convergence.apart(theirs, theirs) == 0.0
     assert convergence.inside(theirs[0], theirs[1], [theirs, theirs]) == []
     assert len(convergence.inside([w + 1 for w in theirs[0]], theirs[1], [theirs])) == 2
     assert convergence.inside(theirs[0], -1.0, [theirs]) == [f"1-NN: -1.0000 not in [{theirs[1]:.4f}, {theirs[1]:.4f}]"]
