@@ -46,7 +46,7 @@ class Setting:
     width: int = 1024
     frames: int = 64
     joints: int = 25
-    memory_batches: tuple[int, int] = (8, 16)
+    memory_batches: tuple[int, int] = (32, 40)
     rounds: int = 15
     limit_s: float = 120.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

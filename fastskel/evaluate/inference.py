@@ -57,8 +57,17 @@ def extract(
         ValueError: On data of other shapes, settings that do not go together, or a feature that is not finite, naming the clip.
     """
     place = choose_device(device)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"extract: batch_size must be at least 1, got {batch_size}. Pass a positive number, or None.")
+    if not isinstance(encoder, Encoder):
+        raise ValueError(f"extract: encoder must be an Encoder, got {type(encoder).__name__}. load_published_encoder builds one.")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"extract: batch_size must be a positive integer, got {batch_size!r}. Pass one, or None.")
+    if not isinstance(data, (PackedDataset, View, Tensor, np.ndarray)):
+        raise ValueError(
+            f"extract: data must be a packed data set, a View or an array of clips, got {type(data).__name__}. "
+            "Open a path with fastskel.data.open_dataset."
+        )
+    if topology is not None and not isinstance(data, (Tensor, np.ndarray)):
+        raise ValueError("extract: topology must be None for data that has one, got another. Leave it out.")
     prepared = encoder.optimize_for_inference(dtype).to(place)
     size = batch_size or (GPU_BATCH if place.type == "cuda" else CPU_BATCH)
     if isinstance(data, PackedDataset):
@@ -67,28 +76,39 @@ def extract(
                 f"extract: view must be given for the data set {data.path}, got None. Take the one load_encoder returns."
             )
         chosen = checked_indices("extract", data, np.arange(len(data)) if indices is None else indices)
-        views = (batch.views[0] for batch in batches(data, view, chosen, size, num_threads, progress, "features"))
-        features = torch.cat([_encode(prepared, part, place) for part in views])
+        parts = []
+        for batch in batches(data, view, chosen, size, num_threads, progress, "features"):
+            encoded, size = _encode_all(prepared, batch.views[0], place, size, False)
+            parts.append(encoded)
+        features = torch.cat(parts)
         _refuse_bad(features, data.names[chosen].tolist())
         return features
     if view is not None or indices is not None:
         raise ValueError("extract: view and indices must be None for arrays, got others. Prepare and choose the clips first.")
     whole = data if isinstance(data, View) else _view(data, topology)
+    _check_clips(whole.clips)
     single = whole.clips.dim() == CLIP_DIMS - 1
     if single:
         whole = View(whole.clips[None], whole.mask[None], whole.topology)
-    features = _encode_all(prepared, whole, place, size, progress)
+    features, _ = _encode_all(prepared, whole, place, size, progress)
     _refuse_bad(features, None)
     return features[0] if single else features
 
 
-def _view(data: Tensor | NDArray[np.floating], topology: Topology | None) -> View:
-    clips = torch.as_tensor(data)
+def _check_clips(clips: Tensor) -> None:
     if clips.dim() not in (CLIP_DIMS - 1, CLIP_DIMS) or not clips.is_floating_point() or 0 in clips.shape:
         raise ValueError(
             f"extract: data must be floating-point clips, (N, T, M, V, C) or (T, M, V, C), got {clips.dtype} of shape "
             f"{tuple(clips.shape)}. Transpose and convert them."
         )
+
+
+def _view(data: Tensor | NDArray[np.floating], topology: Topology | None) -> View:
+    if isinstance(data, np.ndarray):
+        # torch shares memory with arrays it may write to, of its own byte order and without negative strides
+        data = np.require(data, data.dtype.newbyteorder("="), ["C", "W"])
+    clips = torch.as_tensor(data)
+    _check_clips(clips)
     joints = clips.shape[-2]
     if topology is not None and topology.num_joints != joints:
         raise ValueError(
@@ -105,7 +125,10 @@ def _encode(encoder: Encoder, view: View, place: torch.device) -> Tensor:
     return out.to(torch.promote_types(out.dtype, torch.float32)).cpu().clone()
 
 
-def _encode_all(encoder: Encoder, whole: View, place: torch.device, size: int, progress: bool) -> Tensor:
+def _encode_all(
+    encoder: Encoder, whole: View, place: torch.device, size: int, progress: bool
+) -> tuple[Tensor, int]:
+    """Encode in batches of `size`, less where a GPU's memory ends; return the features and the size that went."""
     from tqdm import tqdm
 
     count, start = len(whole.clips), 0
@@ -124,7 +147,7 @@ def _encode_all(encoder: Encoder, whole: View, place: torch.device, size: int, p
                 continue
             start += len(part.clips)
             bar.update(len(part.clips))
-    return torch.cat(parts)
+    return torch.cat(parts), size
 
 
 def _refuse_bad(features: Tensor, names: list[str] | None) -> None:

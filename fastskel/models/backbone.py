@@ -26,6 +26,7 @@ __all__ = ["USDRLBackbone", "tokens"]
 
 # frames that the fixed sine table covers; the reference's checkpoints hold all of it
 MAX_POSITIONS = 200
+INFERENCE_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def tokens(clips: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,6 +101,8 @@ class USDRLBackbone(Encoder):
             "drop_path_mode": (drop_path_mode, DROP_PATH_MODES),
             "attention_backend": (attention_backend, BACKENDS),
         }
+        if self.frozen and any(value is not None for value, _ in choices.values()):
+            raise ValueError(f"{type(self).__name__}: a copy made for inference must stay as it is. Configure the original.")
         for name, (value, known) in choices.items():
             if value is not None and value not in known:
                 raise ValueError(f"{type(self).__name__}: {name} must be one of {known}, got {value!r}. Choose one.")
@@ -114,10 +117,10 @@ class USDRLBackbone(Encoder):
             dtype: Type of matrix products, e.g. torch.bfloat16; None keeps the encoder's. Residual stream, normalisation and
                 features are float32 at least.
         Returns:
-            An encoder without gradients that stays in evaluation mode; later changes of this one do not reach it. It can move to
-            another device, but holds no parameters to save.
+            An encoder without gradients, also of its input, that stays in evaluation mode; later changes of this one do not reach
+            it. It can move to another device, and be copied and pickled; it has no parameters, and its state is empty.
         Raises:
-            ValueError: If `dtype` is not a floating-point type, or the attention backend chosen is not there.
+            ValueError: If `dtype` is none of the four floating-point types that products are computed in, or a part is not plain.
         """
         if self.frozen:
             if dtype not in (None, self.frozen):
@@ -126,15 +129,19 @@ class USDRLBackbone(Encoder):
                 )
             return self
         dtype = self.spe.dtype if dtype is None else dtype
-        if not dtype.is_floating_point:
-            raise ValueError(f"optimize_for_inference: dtype must be floating point, got {dtype}. Use torch.bfloat16.")
-        frozen = copy.deepcopy(self).eval().requires_grad_(False)
+        if dtype not in INFERENCE_TYPES:
+            raise ValueError(f"optimize_for_inference: dtype must be one of {INFERENCE_TYPES}, got {dtype}. Use torch.bfloat16.")
+        parts = {name: child for name, child in self.named_children() if isinstance(child, _Freezable)}
+        # what is prepared anew need not be copied first
+        frozen = copy.deepcopy(self, {id(part): None for part in parts.values()})
+        for name, part in parts.items():
+            frozen.add_module(name, part.freeze(dtype, self.attention_backend))
         wide = Precision.of(dtype).residual
-        for name, child in self.named_children():
-            if isinstance(child, _Freezable):
-                frozen.add_module(name, child.freeze(dtype, self.attention_backend))
-        frozen.tpe.to(wide)
-        frozen.spe.data = frozen.spe.data.to(wide)
+        positions, table = frozen.spe.detach().to(wide), frozen.tpe.pe.to(wide)
+        del frozen.spe
+        frozen.register_buffer("spe", positions, persistent=False)
+        frozen.tpe.register_buffer("pe", table, persistent=False)
+        frozen.eval()
         frozen.frozen = dtype
         return frozen
 
@@ -152,7 +159,11 @@ class USDRLBackbone(Encoder):
     def merged_once(self) -> Iterator[None]:
         """Merge projections once for all passes inside, as for the chunks of one optimiser step over (N, T, M, V, C).
 
-        Passes and their backward passes belong inside; gradients reach the projections when the block ends.
+        Passes and their backward passes belong inside; gradients reach the projections when the block ends. Under
+        DistributedDataParallel it needs `find_unused_parameters=False`.
+
+        Raises:
+            ValueError: If parameters change inside, or a backward pass comes after the block.
         """
         with contextlib.ExitStack() as stack:
             for module in self.modules():

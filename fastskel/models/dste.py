@@ -10,7 +10,7 @@ from torch import Tensor
 from fastskel.data.batch import DrawAddress, View
 from fastskel.models.backbone import USDRLBackbone
 from fastskel.models.encoder import ENCODERS
-from fastskel.nn.drop_path import NUM_DROP_PATHS, LayerDrops, drop_path_kept, layer_drops
+from fastskel.nn.drop_path import NO_DROPS, NUM_DROP_PATHS, LayerDrops, drop_path_kept, layer_drops
 from fastskel.nn.dst_layer import DSTLayer
 from fastskel.nn.init import Init, initialise
 
@@ -81,7 +81,7 @@ class DSTE(USDRLBackbone):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _drops(self, rows: int, view: View | None, tokens: Tensor) -> tuple[list[LayerDrops], list[LayerDrops]]:
         if not self.training or self.drop_path == 0.0:
-            return ([LayerDrops.none()] * self.num_layers,) * 2
+            return ([NO_DROPS] * self.num_layers,) * 2
         address = None if view is None else view.address
         if address is None:
             # existing code seeds torch's generator and knows no addresses: one draw from it keys this forward pass

@@ -15,7 +15,7 @@ from fastskel.nn.gemm import linear, linear_grads, matmul
 from fastskel.nn.precision import Precision
 from fastskel.nn.projections import Attention, Projections, pays
 
-__all__ = ["BACKENDS", "AttentionBackend", "attend", "attend_backward", "choose_backend"]
+__all__ = ["BACKENDS", "AttentionBackend", "attend", "attend_backward", "choose_backend", "merges"]
 
 AttentionBackend = Literal["auto", "fastskel", "sdpa", "xformers", "math"]
 BACKENDS: tuple[AttentionBackend, ...] = ("auto", "fastskel", "sdpa", "xformers", "math")
@@ -42,8 +42,19 @@ def _xformers() -> Callable[..., Tensor]:
     return ops.memory_efficient_attention  # type: ignore[no-any-return]
 
 
+def merges(backend: AttentionBackend, width: int, num_heads: int) -> bool:
+    """Say whether a backend merges projections over (N, S, D), wherever it runs.
+
+    Raises:
+        ValueError: On an unknown name.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention_backend: must be one of {BACKENDS}, got {backend!r}. Choose one.")
+    return backend in ("auto", "fastskel") and pays(width, num_heads)
+
+
 def choose_backend(
-    backend: AttentionBackend, width: int, num_heads: int, device: torch.device, compute: torch.dtype
+    backend: AttentionBackend, width: int, num_heads: int, device: torch.device, compute: torch.dtype, merge: bool = True
 ) -> Attention:
     """Decide how attention over tokens (N, S, D) is computed.
 
@@ -54,13 +65,14 @@ def choose_backend(
         num_heads: Heads H.
         device: Where the tokens are.
         compute: Type of the matrix products.
+        merge: Whether `"auto"` may merge: with gradients, few tokens do not repay it.
     Raises:
         ValueError: On an unknown name, or an xformers that does not load or does not support the device.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"attention_backend: must be one of {BACKENDS}, got {backend!r}. Choose one.")
+    merged = merges(backend, width, num_heads)
     if backend == "auto":
-        backend = "fastskel" if pays(width, num_heads) else _SEVERAL_HEADS.get((device.type, compute), "sdpa")
+        merged = merged and merge
+        backend = "fastskel" if merged else _SEVERAL_HEADS.get((device.type, compute), "sdpa")
     if backend == "xformers":
         if device.type == "cpu":
             raise ValueError("attention_backend: 'xformers' must run on a GPU, got a CPU. Choose 'auto'.")
@@ -68,7 +80,7 @@ def choose_backend(
         return Attention(num_heads, False, "xformers")
     if backend == "sdpa":
         return Attention(num_heads, False, "sdpa")
-    return Attention(num_heads, backend == "fastskel" and pays(width, num_heads), "own")
+    return Attention(num_heads, merged, "own")
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, precision: Precision) -> Tensor:

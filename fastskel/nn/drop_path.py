@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastskel import philox
 
-__all__ = ["DROP_PATH_MODES", "NUM_DROP_PATHS", "DropPathMode", "LayerDrops", "drop_path_kept", "layer_drops"]
+__all__ = ["DROP_PATH_MODES", "NO_DROPS", "NUM_DROP_PATHS", "DropPathMode", "LayerDrops", "drop_path_kept", "layer_drops"]
 
 # residual branches of one dense spatio-temporal layer, in the order their draws are numbered:
 # CA attention, CA MLP, then attention and MLP of the shifted branch, then of the plain branch
@@ -37,11 +37,9 @@ class LayerDrops(NamedTuple):
     factors: tuple[float | Tensor, ...]
     bias: float | Tensor
 
-    @classmethod
-    def none(cls) -> LayerDrops:
-        """Drop nothing of any sample (N, S, D)."""
-        return cls((None,) * NUM_DROP_PATHS, None, (1.0,) * NUM_DROP_PATHS, 2.0)
 
+# nothing of any sample is dropped
+NO_DROPS = LayerDrops((None,) * NUM_DROP_PATHS, None, (1.0,) * NUM_DROP_PATHS, 2.0)
 
 def drop_path_kept(
     rate: float, num_calls: int, *, seed: int, step: int, index: Tensor, view: Tensor

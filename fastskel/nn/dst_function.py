@@ -7,15 +7,15 @@
 All three attentions share their weights: they are one batch. The second linear of MLP_d is shared and linear: it runs once, on
 the sum of both hidden activations. The affine part of the second normalisations is folded into the first linears, so that what
 is kept for their weights' gradient, the normalised rows, is what the normalisation's gradient needs too. Dropped work is not
-done. With one head, a token costs 17 D^2 multiplications where the plain layer takes 25; 14 vectors of D numbers are kept for it
-(`lean` 11, `layer` 1) where the plain layer keeps 50.
+done. With one head, a token costs 17 D^2 multiplications where the plain layer takes 25, and 14 vectors of D numbers are kept for
+it where the plain layer keeps 50.
 
 Source: specification of USDRL, sections 1.3 to 1.8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ from fastskel.nn.drop_path import (
     SHIFTED_MLP,
     LayerDrops,
 )
-from fastskel.nn.gemm import linear, linear_grads, matmul
+from fastskel.nn.gemm import linear, linear_grads, matmul, relu_grad
 from fastskel.nn.norm import fold, normalise, normalise_grad, unfold
 from fastskel.nn.precision import Precision
 from fastskel.nn.projections import Attention, Projections
@@ -46,6 +46,7 @@ __all__ = [
     "backward",
     "check_memory",
     "forward",
+    "keeps_converted",
     "live_tokens",
     "prepare",
     "unprepare",
@@ -63,6 +64,15 @@ def check_memory(memory: str) -> None:
     """
     if memory not in MEMORY_MODES:
         raise ValueError(f"memory: must be one of {MEMORY_MODES}, got {memory!r}. Choose one.")
+
+
+def keeps_converted(memory: MemoryMode, prepared: Iterable[Tensor], kept: Iterable[Tensor | None]) -> bool:
+    """Say whether converted weights are kept beside tensors (N, S, D).
+
+    Converting again costs a few percent of a step, and more for a small batch; keeping outweighs what a small batch keeps.
+    """
+    sizes = [sum(t.numel() * t.element_size() for t in group if t is not None) for group in (prepared, kept)]
+    return memory == "saved" or (memory == "lean" and sizes[0] <= sizes[1])
 
 
 class LayerSpec(NamedTuple):
@@ -131,7 +141,7 @@ class Kept(NamedTuple):
     Attributes:
         conv: Rectified convolution, (n, S, D).
         q: Queries of all attentions, (n, S, D), or with keys and values (n, S, 3D).
-        p: Their weights, (n, H, S, S), where the core is our own.
+        p: Their weights, (n * H, S, S), where the core is our own.
         ca: Normalised rows before CA's MLP, (n, S, D), and what they were divided by, (n, S, 1).
         ca_up: CA's hidden activations before GELU, (n, S, 2D).
         dsa: Normalised rows before the dense shift MLPs, shifted then plain, (n, S, D).
@@ -244,7 +254,7 @@ def forward(x: Tensor, w: Weights, drops: LayerDrops, spec: LayerSpec) -> tuple[
     conv = linear(_take(xb, rows[CA_ATTENTION]), w.conv, w.conv_bias, "relu")
     shifted, _ = _shift(x, xb, live, w)
     z, counts, _ = _normalised(x, shifted, conv, w, drops, spec)
-    attended, q, p = attend(z, w.projections, spec.attention, spec.precision, keep=spec.memory == "saved")
+    attended, q, p = attend(z, w.projections, spec.attention, spec.precision, keep=spec.memory != "layer")
     del z
     a_ca, a_shifted, a_plain = torch.split(attended, counts)
 
@@ -372,7 +382,7 @@ def backward(
     d_shifted = _add(first, rows[SHIFTED_ATTENTION], d_inputs[1], 1.0)
     _shift_grad(dx, d_shifted, xb, hidden, live, w, got, wide)
     _add(dx, rows[CA_MLP], du, 1.0)
-    d_conv = torch.where(kept.conv > 0, d_inputs[0], 0).to(compute)
+    d_conv = relu_grad(d_inputs[0].to(compute), kept.conv)
     keep("conv", d_conv, _take(xb, rows[CA_ATTENTION]))
     _add(dx, rows[CA_ATTENTION], d_inputs[0].add_(matmul(d_conv, w.conv)), 1.0)
     return dx, got
@@ -409,8 +419,7 @@ def _shift_grad(
     g = grad.index_select(1, live).to(xb.dtype)
     got["wt2"] = torch.bmm(g, hidden.mT).sum(0, dtype=wide)
     got["wt2_bias"] = g.sum((0, 2), dtype=wide)
-    d_hidden = torch.matmul(w.wt2[live, :n].mT, g)
-    d_hidden.masked_fill_(hidden <= 0, 0)
+    d_hidden = relu_grad(torch.matmul(w.wt2[live, :n].mT, g), hidden)
     got["wt1"] = torch.bmm(d_hidden, xb.mT).sum(0, dtype=wide)
     got["wt1_bias"] = d_hidden.sum((0, 2), dtype=wide)
     dx.add_(torch.matmul(w.wt1[:n, :n].mT, d_hidden).to(dx.dtype))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastskel.nn.attention import AttentionBackend
-from fastskel.nn.gemm import linear, linear_grads, matmul
+from fastskel.nn.gemm import linear, linear_grads, matmul, relu_grad
+from fastskel.nn.plain import check_plain
 from fastskel.nn.precision import Precision, precision_of, without_autocast
 
 __all__ = ["FrozenEmbedding", "PositionalEncoding", "SkeletonEmbedding", "embed"]
@@ -101,6 +102,8 @@ class _Weights(NamedTuple):
 
 def _parameters(branch: nn.Sequential) -> _Weights:
     first, norm, _, last = branch
+    check_plain("SkeletonEmbedding", nn.Linear, first, last)
+    check_plain("SkeletonEmbedding", nn.LayerNorm, norm)
     return _Weights(first.weight, first.bias, norm.weight, norm.bias, last.weight, last.bias)  # type: ignore[arg-type]
 
 
@@ -145,7 +148,7 @@ class _Embed(torch.autograd.Function):
             rectified, mean, rstd = _rectified(h, w, ctx.eps, ctx.precision)
             g = grad.to(compute)
             d_last = linear_grads(g, rectified.to(compute), wide, need[4] or need[5])
-            dh = matmul(g, w.last).to(residual).masked_fill_(rectified <= 0, 0)
+            dh = relu_grad(matmul(g, w.last).to(residual), rectified)
             dh, d_norm, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
                 dh, h.to(residual), h.shape[-1:], mean, rstd, w.norm, w.norm_bias, [True] * 3
             )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-__all__ = ["linear", "linear_grads", "matmul", "onednn_available"]
+__all__ = ["linear", "linear_grads", "matmul", "onednn_available", "relu_grad"]
 
 Activation = Literal["none", "relu"]
 
@@ -26,7 +26,8 @@ def onednn_available() -> bool:
 
 
 _ONEDNN = onednn_available()
-_TYPES = (torch.float32, torch.bfloat16)
+# oneDNN has no bfloat16 products for processors without AVX-512; torch's own fall back there
+_TYPES = (torch.float32, torch.bfloat16) if _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
 
 if _ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
 
@@ -39,7 +40,8 @@ if _ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
 
 
 def _through_onednn(x: Tensor) -> bool:
-    return _ONEDNN and x.device.type == "cpu" and x.dtype in _TYPES and x.numel() > 0
+    usable = _ONEDNN and bool(torch.backends.mkldnn.enabled)
+    return usable and x.device.type == "cpu" and x.dtype in _TYPES and x.numel() > 0
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation = "none") -> Tensor:
@@ -60,5 +62,13 @@ def linear_grads(grad: Tensor, x: Tensor, wide: torch.dtype, need: bool) -> tupl
     """Return the gradients of weight (O, I) and bias (O,) of a linear map from its output's (.., O) and its input (.., I)."""
     if not need:
         return None, None
-    grad = grad.reshape(-1, grad.shape[-1])
-    return matmul(grad.mT, x.reshape(-1, x.shape[-1])).to(wide), grad.sum(0).to(wide)
+    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    # transposed operands: the operator would copy them, and in bfloat16 torch's own product loses nothing else
+    weight = grad.mT @ x if x.dtype == torch.bfloat16 else matmul(grad.mT, x)
+    return weight.to(wide), grad.sum(0).to(wide)
+
+
+def relu_grad(grad: Tensor, out: Tensor) -> Tensor:
+    """Return the gradient of what was rectified to `out` (N, S, D): `grad` where that is above zero."""
+    result: Tensor = torch.ops.aten.threshold_backward(grad, out, 0)
+    return result

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["can_group", "grouped_batch_norm", "grouped_projector"]
+__all__ = ["can_group", "grouped_batch_norm", "grouped_projector", "uses_batch_statistics"]
 
 # children that treat every row alike, so that views may share one call
 ROWWISE = (nn.Linear, nn.ReLU, nn.Identity)
@@ -124,3 +125,9 @@ def grouped_projector(projector: nn.Sequential, x: Tensor) -> Tensor:
         else:
             rows = child(rows)
     return rows.view(n, w, rows.shape[1]).transpose(0, 1).contiguous()
+
+
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Say whether a module's rows (N, ...) depend on each other now, so that views must not share a pass."""
+    norms = (child for child in module.modules() if isinstance(child, _BatchNorm))
+    return any(norm.training or norm.running_mean is None for norm in norms)

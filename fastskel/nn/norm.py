@@ -35,14 +35,20 @@ def fold(weight: Tensor, bias: Tensor, norm: Tensor, norm_bias: Tensor, precisio
     """Fold a normalisation's weight and bias (D,) into the linear (O, D), (O,) behind it; rounded once, to the compute type."""
     wide = weight.to(precision.wide)
     folded_bias = torch.addmv(bias.to(precision.wide), wide, norm_bias.to(precision.wide))
-    return (wide * norm).to(precision.compute), folded_bias.to(precision.compute)
+    folded = torch.empty_like(weight, dtype=precision.compute, memory_format=torch.contiguous_format)
+    # rounded on the way out: no copy in the wide type
+    torch.mul(wide, norm.to(precision.wide), out=folded)
+    return folded, folded_bias.to(precision.compute)
 
 
 def unfold(
     grad: Tensor, grad_bias: Tensor, weight: Tensor, norm: Tensor, norm_bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients of normalisation weight and bias (D,), linear (O, D) and bias (O,) from those of the folded linear."""
+    """Return gradients of normalisation weight and bias (D,), linear (O, D) and bias (O,) from those of the folded linear.
+
+    Writes to `grad`.
+    """
     wide = grad.dtype
     weight = weight.to(wide)
     d_norm = (grad * weight).sum(0)
-    return d_norm, weight.mT @ grad_bias, (grad * norm).addr_(grad_bias, norm_bias.to(wide)), grad_bias
+    return d_norm, weight.mT @ grad_bias, grad.mul_(norm).addr_(grad_bias, norm_bias.to(wide)), grad_bias

@@ -19,7 +19,17 @@ from torch.autograd.function import once_differentiable
 from fastskel.nn.gemm import matmul
 from fastskel.nn.precision import without_autocast
 
-__all__ = ["Attention", "MergeCache", "MergingLayer", "Projections", "merge", "merge_projections", "merged_backward", "pays"]
+__all__ = [
+    "Attention",
+    "MergeCache",
+    "MergingLayer",
+    "Projections",
+    "merge",
+    "merge_projections",
+    "merged_backward",
+    "pays",
+    "projections_of",
+]
 
 
 class Attention(NamedTuple):
@@ -127,6 +137,16 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(whole)
 
 
+def _parameters(attn: nn.MultiheadAttention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return attn.in_proj_weight, attn.in_proj_bias, attn.out_proj.weight, attn.out_proj.bias
+
+
+def projections_of(attn: nn.MultiheadAttention, how: Attention) -> Projections:
+    """Return the projections as `how` needs them, (D, D) or (3D, D), without gradient and kept nowhere."""
+    with torch.no_grad():
+        return merge(*_parameters(attn)) if how.merged else Projections(*_parameters(attn))
+
+
 def _same(now: tuple[Tensor, ...], then: tuple[Tensor, ...]) -> bool:
     # bit for bit: writes through `.data` leave version counters alone, so only the values tell
     return all(
@@ -140,7 +160,12 @@ class MergeCache:
 
     def __init__(self) -> None:
         self._kept: tuple[tuple[Tensor, ...], Projections] | None = None
-        self._shared: Projections | None = None
+        self._shared: tuple[list[tuple[Tensor, int]], Projections] | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether passes over (N, S, D) share what was merged."""
+        return self._shared is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MergeCache:
         return MergeCache()
@@ -148,9 +173,13 @@ class MergeCache:
     def __reduce__(self) -> tuple[type[MergeCache], tuple[()]]:
         return MergeCache, ()
 
-    def share(self, projections: Projections | None) -> None:
-        """Use these leaves, (D, D) and (D,), until told otherwise by None."""
-        self._shared = projections
+    def share(self, attn: nn.MultiheadAttention, projections: Projections) -> None:
+        """Use these leaves, (D, D) and (D,), of the parameters as they are now, until `unshare`."""
+        self._shared = ([(p, p._version) for p in _parameters(attn)], projections)
+
+    def unshare(self) -> None:
+        """Merge again for each pass over (N, S, D)."""
+        self._shared = None
 
     def get(self, attn: nn.MultiheadAttention, how: Attention, compute: torch.dtype) -> Projections:
         """Return the projections as `how` needs them.
@@ -159,12 +188,17 @@ class MergeCache:
             The parameters themselves, (3D, D) and (D, D); or merged, (D, D) each, in float32 at least, with gradient where the
             parameters have one.
         """
-        parameters = (attn.in_proj_weight, attn.in_proj_bias, attn.out_proj.weight, attn.out_proj.bias)
+        parameters = _parameters(attn)
         if not how.merged:
             return Projections(*parameters)
         if self._shared is not None:
-            return self._shared
+            then, shared = self._shared
+            if any(p is not q or p._version != version for p, (q, version) in zip(parameters, then, strict=True)):
+                raise ValueError("merged_once: parameters must not change inside the block, got others. End it before a step.")
+            return shared
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            # training: what inference kept will not be asked for again
+            self._kept = None
             return merge_projections(attn, compute)
         if torch.compiler.is_compiling() or parameters[0].is_meta or _capturing(parameters[0].device):
             return merge(*parameters)
@@ -178,10 +212,26 @@ class MergeCache:
         return kept[1]
 
 
+def _late(_: Tensor) -> None:
+    raise ValueError("merged_once: backward passes must run inside the block, got one after it. Move it inside.")
+
+
 class MergingLayer(nn.Module):
-    """A layer over tokens (N, S, D) around one attention whose projections can be merged."""
+    """A layer over tokens (N, S, D) around one attention whose projections can be merged.
+
+    Attributes:
+        merged: What is kept of merging.
+        least_tokens: Tokens, as a share of D, from which merging repays its six D^3 products in training.
+    """
 
     merged: MergeCache
+    least_tokens: float
+
+    def repays(self, x: Tensor) -> bool:
+        """Say whether merging is worth it for tokens (N, S, D): always without gradients, where it is done once."""
+        attn = self.attention()
+        trained = torch.is_grad_enabled() and (attn.in_proj_weight.requires_grad or attn.out_proj.weight.requires_grad)
+        return not trained or self.merged.shared or x.shape[0] * x.shape[1] >= self.least_tokens * attn.embed_dim
 
     def attention(self) -> nn.MultiheadAttention:
         """Return the attention that (N, S, D) go through."""
@@ -189,20 +239,29 @@ class MergingLayer(nn.Module):
 
     @contextlib.contextmanager
     def merged_once(self) -> Iterator[None]:
-        """Merge once for all passes over (N, S, D) inside; gradients reach the parameters when the block ends."""
+        """Merge once for all passes over (N, S, D) inside; gradients reach the parameters when the block ends.
+
+        Raises:
+            ValueError: If parameters change inside, or a backward pass comes after the block.
+        """
         attn = self.attention()
         if not pays(attn.embed_dim, attn.num_heads):
             yield
             return
         kind = attn.in_proj_weight.device.type
         compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else attn.in_proj_weight.dtype
-        roots = merge_projections(attn, compute)
+        # also where the block is entered without gradients: passes inside may have them
+        with torch.enable_grad():
+            roots = merge_projections(attn, compute)
         leaves = Projections(*(root.detach().requires_grad_(root.requires_grad) for root in roots))
-        self.merged.share(leaves)
+        self.merged.share(attn, leaves)
         try:
             yield
         finally:
-            self.merged.share(None)
+            self.merged.unshare()
+            for leaf in leaves:
+                if leaf.requires_grad:
+                    leaf.register_hook(_late)  # type: ignore[no-untyped-call]
         pairs = [(root, leaf.grad) for root, leaf in zip(roots, leaves, strict=True) if leaf.grad is not None]
         if pairs:
             torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])

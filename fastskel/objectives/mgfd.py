@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastskel.data.batch import Batch, concat_views
 from fastskel.data.views import ViewSpec
 from fastskel.models.encoder import Encoder
-from fastskel.nn.grouped_norm import grouped_projector
+from fastskel.nn.grouped_norm import grouped_projector, uses_batch_statistics
 from fastskel.nn.init import Init, initialise
 from fastskel.nn.pool import token_max
 from fastskel.objectives.functional import mgfd_loss
@@ -90,7 +90,8 @@ class MGFD(Objective):
                 "MGFD.embed: batch must have at least 2 samples in training, got 1. Statistics need two of them."
             )
         shapes = {(view.clips.shape[1:], view.topology.name) for view in batch.views}
-        groups = [batch.views] if len(shapes) == 1 else [[view] for view in batch.views]
+        together = len(shapes) == 1 and not uses_batch_statistics(encoder)
+        groups = [batch.views] if together else [[view] for view in batch.views]
         pooled: list[tuple[Tensor, Tensor]] = []
         for group in groups:
             features = encoder(concat_views(group))

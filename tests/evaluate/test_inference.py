@@ -79,7 +79,7 @@ def test_a_prepared_encoder_stands_alone(kind):
         prepared.train()
     with pytest.raises(ValueError, match="dtype must be torch.float32 for this copy, got torch.bfloat16"):
         prepared.optimize_for_inference(torch.bfloat16)
-    with pytest.raises(ValueError, match="dtype must be floating point, got torch.int8"):
+    with pytest.raises(ValueError, match="dtype must be one of .*, got torch.int8"):
         encoder.optimize_for_inference(torch.int8)
 
 
@@ -152,16 +152,43 @@ def test_a_full_memory_halves_the_batch(monkeypatch):
         (np.zeros((0, 6, 1, 25, 3), np.float32), {}, r"got torch.float32 of shape \(0, 6, 1, 25, 3\)"),
         (np.zeros((1, 6, 1, 25, 3), np.float32), {"view": VIEW}, "view and indices must be None for arrays"),
         (np.zeros((1, 6, 1, 25, 3), np.float32), {"indices": [0]}, "view and indices must be None for arrays"),
-        (np.zeros((1, 6, 1, 25, 3), np.float32), {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (np.zeros((1, 6, 1, 25, 3), np.float32), {"batch_size": 0}, "batch_size must be a positive integer, got 0"),
         (np.zeros((1, 6, 1, 25, 3), np.float32), {"topology": topology("coco-17")}, "topology must have the clips' 25 joints"),
+        (np.zeros((1, 6, 1, 25, 3), np.float32), {"batch_size": 2.5}, "batch_size must be a positive integer, got 2.5"),
+        ("somewhere", {}, "data must be a packed data set, a View or an array of clips, got str"),
         (np.full((2, 6, 1, 25, 3), np.nan, np.float32), {}, "features must be finite, got nan or inf for clip 0"),
         (np.zeros((1, 6, 2, 25, 3), np.float32), {}, r"clips must be \(N, 1..6, 1, 25, 3\), got \(1, 6, 2, 25, 3\)"),
     ],
-    ids=["dims", "integers", "empty", "view", "indices", "batch", "topology", "nan", "bodies"],
+    ids=["dims", "integers", "empty", "view", "indices", "batch", "topology", "half", "path", "nan", "bodies"],
 )
 def test_bad_input_is_refused_by_name(data, options, message):
     with pytest.raises(ValueError, match=message):
         fastskel.extract(build(DSTE), data, device="cpu", progress=False, **options)
+
+
+@pytest.mark.parametrize("make", ["readonly", "reversed", "big-endian", "fortran", "float64"])
+def test_arrays_of_any_layout(make):
+    data, encoder = clips().numpy(), build(DSTE)
+    expected = fastskel.extract(encoder, data, device="cpu", progress=False)
+    if make == "readonly":
+        data.flags.writeable = False
+    layouts = {
+        "reversed": data[:, ::-1], "big-endian": data.astype(">f4"), "fortran": np.asfortranarray(data),
+        "float64": data.astype(np.float64),
+    }  # fmt: skip
+    same = layouts.get(make, data)
+    if make == "reversed":
+        expected = fastskel.extract(encoder, np.ascontiguousarray(same), device="cpu", progress=False)
+    torch.testing.assert_close(fastskel.extract(encoder, same, device="cpu", progress=False), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_copy_has_no_state_and_is_not_configured():
+    prepared = build(DSTE).optimize_for_inference()
+    assert not prepared.state_dict() and not list(prepared.parameters())
+    with pytest.raises(ValueError, match="a copy made for inference must stay as it is"):
+        prepared.configure(attention_backend="math")
+    with pytest.raises(ValueError, match="encoder must be an Encoder, got Linear"):
+        fastskel.extract(torch.nn.Linear(2, 2), clips(), device="cpu")
 
 
 def test_a_data_set_needs_its_view(dataset):

@@ -13,7 +13,7 @@ from fastskel import philox
 from fastskel.data.batch import Batch, View, concat_views
 from fastskel.models import DSTE
 from fastskel.nn import drop_path
-from fastskel.nn.drop_path import NUM_DROP_PATHS, LayerDrops, drop_path_kept, layer_drops
+from fastskel.nn.drop_path import NO_DROPS, NUM_DROP_PATHS, LayerDrops, drop_path_kept, layer_drops
 
 RATE = 0.3
 
@@ -270,7 +270,7 @@ def test_nothing_is_drawn_where_nothing_is_dropped(make_view):
     view, training, evaluating = make_view((4, 4, 1, 5, 3)), encoder(0.0), encoder().eval()
     before = torch.get_rng_state()
     assert torch.equal(training(view).pooled, evaluating(view).pooled)
-    assert plans_of(training, view) == plans_of(evaluating, view) == [LayerDrops.none()] * 4
+    assert plans_of(training, view) == plans_of(evaluating, view) == [NO_DROPS] * 4
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -561,12 +561,12 @@ def test_bytes_kept_for_the_backward_pass_of_a_view(kind, memory, limit, make_vi
 
         return saved_bytes(call, exclude=encoder.parameters())
 
-    # what does not grow with the batch, as merged projections, cancels out
-    per_view = (kept(4) - kept(2)) / 2
+    # what does not grow with the batch, as merged projections and converted weights, cancels out; fewer clips are not merged
+    per_view = (kept(30) - kept(26)) / 4
     assert per_view <= limit
-    # in bf16 vectors of D per token and layer: each layer's input at least, and the 14 of the specification at most
+    # in bf16 vectors of D per token and layer, with those of embedding and maxima: 14 or 6, or each layer's input
     vectors = per_view / (2 * D * (T + S) * 2)
-    bounds = {(DSTE, "lean"): (12, 15), (STTR, "lean"): (4, 7)}.get((kind, memory), (1, 5))
+    bounds = {(DSTE, "lean"): (14, 16), (STTR, "lean"): (6, 9)}.get((kind, memory), (1, 5))
     assert bounds[0] <= vectors <= bounds[1]
 
 
@@ -608,5 +608,5 @@ def test_flops_of_a_view(kind, published, make_view):
     assert one - two / 2 == pytest.approx(merging, rel=0.02)
     if published is not None:
         assert two / 2 == pytest.approx(published, rel=0.02)
-    # with gradient they are merged in every pass
-    assert count(2, True) - two == pytest.approx(merging, rel=0.02)
+    # with gradient they are merged in every pass over enough tokens to repay it
+    assert count(26, True) - 13 * two == pytest.approx(merging, rel=0.02)

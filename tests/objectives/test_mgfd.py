@@ -149,11 +149,33 @@ def test_settings_out_of_range_are_refused(options, message):
         MGFD(make_encoder(), **({"views": usdrl_views()} | options))
 
 
+class WithoutSpatial(torch.nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, view):
+        return replace(self.encoder(view), spatial=None)
+
+
+def test_an_encoder_with_batch_statistics_sees_one_view_at_a_time():
+    encoder, batch, sizes = make_encoder(), make_batch(), []
+    objective = MGFD(encoder, usdrl_views()).double()
+    encoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0].clips)))
+    objective.embed(encoder, batch)
+    encoder.norm = torch.nn.BatchNorm1d(8)
+    objective.embed(encoder, batch)
+    encoder.norm.eval()
+    objective.embed(encoder, batch)
+    rows = len(batch)
+    assert sizes == [4 * rows, *[rows] * 4, 4 * rows]
+
+
 def test_an_encoder_without_streams_is_refused():
     encoder, batch = make_encoder(), make_batch()
     objective = MGFD(encoder, usdrl_views()).double()
     with pytest.raises(ValueError, match="MGFD: the encoder must provide 'spatial' features"):
-        objective.embed(lambda view: replace(encoder(view), spatial=None), batch)
+        objective.embed(WithoutSpatial(encoder), batch)
 
 
 def test_initialisation_is_a_choice():

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastskel.models.backbone import tokens
-from fastskel.nn.grouped_norm import can_group, grouped_projector
+from fastskel.nn.grouped_norm import can_group, grouped_projector, uses_batch_statistics
 from fastskel.nn.init import init_usdrl
 from fastskel.nn.pool import token_max
 from fastskel.objectives.mgfd import projector
@@ -123,8 +122,7 @@ class PretrainingModel(nn.Module):
         if len({(view.shape, view.dtype, view.device) for view in views}) != 1:
             return False
         # a backbone of somebody's own may look at the whole batch
-        norms = (child for child in self.backbone.modules() if isinstance(child, _BatchNorm))
-        return not any(norm.training or norm.running_mean is None for norm in norms)
+        return not uses_batch_statistics(self.backbone)
 
 
 class DownstreamModel(nn.Module):
