@@ -11,6 +11,8 @@ something runs and are never quoted.
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -321,6 +323,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--modes", nargs="+", default=[], help="memory modes of fastskel beside its default")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
     given = parser.parse_args(arguments)
+    if len(given.parts) > 1 and not given.quick:
+        # a process for each part: what one leaves in the allocator would meet the next one's gigabytes
+        shared = list(sys.argv[1:] if arguments is None else arguments)
+        command = [sys.executable, "-m", "fastskel.bench.encoder", *shared, "--parts"]
+        return max(subprocess.run([*command, part], check=False).returncode for part in given.parts)
     if given.threads:
         torch.set_num_threads(given.threads)
     sizes: dict[str, Any] = dict(QUICK) if given.quick else {}
