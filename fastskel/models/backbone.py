@@ -16,8 +16,8 @@ from fastskel.data.batch import View
 from fastskel.models.encoder import Encoder, Features
 from fastskel.nn.attention import BACKENDS, AttentionBackend
 from fastskel.nn.drop_path import DROP_PATH_MODES, DropPathMode
-from fastskel.nn.dst_function import MEMORY_MODES, MemoryMode
 from fastskel.nn.embed import PositionalEncoding, SkeletonEmbedding
+from fastskel.nn.memory import MEMORY_MODES, MemoryMode
 from fastskel.nn.pool import token_max
 from fastskel.nn.precision import Precision
 from fastskel.nn.projections import MergingLayer

@@ -15,8 +15,8 @@ Source: specification of USDRL, sections 1.3 to 1.8.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,47 +33,12 @@ from fastskel.nn.drop_path import (
     LayerDrops,
 )
 from fastskel.nn.gemm import linear, linear_grads, matmul, relu_grad
+from fastskel.nn.memory import MemoryMode
 from fastskel.nn.norm import fold, normalise, normalise_grad, unfold
 from fastskel.nn.precision import Precision
 from fastskel.nn.projections import Attention, Projections
 
-__all__ = [
-    "MEMORY_MODES",
-    "Kept",
-    "LayerSpec",
-    "MemoryMode",
-    "Weights",
-    "backward",
-    "check_memory",
-    "forward",
-    "keeps_converted",
-    "live_tokens",
-    "prepare",
-    "unprepare",
-]
-
-MemoryMode = Literal["saved", "lean", "layer"]
-MEMORY_MODES: tuple[MemoryMode, ...] = ("saved", "lean", "layer")
-
-
-def check_memory(memory: str) -> None:
-    """Refuse a name that is no way to keep tensors (N, S, D).
-
-    Raises:
-        ValueError: Listing the ways there are.
-    """
-    if memory not in MEMORY_MODES:
-        raise ValueError(f"memory: must be one of {MEMORY_MODES}, got {memory!r}. Choose one.")
-
-
-def keeps_converted(memory: MemoryMode, prepared: Iterable[Tensor], kept: Iterable[Tensor | None]) -> bool:
-    """Say whether converted weights are kept beside tensors (N, S, D).
-
-    Converting again costs a few percent of a step, and more for a small batch; keeping outweighs what a small batch keeps.
-    """
-    sizes = [sum(t.numel() * t.element_size() for t in group if t is not None) for group in (prepared, kept)]
-    return memory == "saved" or (memory == "lean" and sizes[0] <= sizes[1])
-
+__all__ = ["Kept", "LayerSpec", "Weights", "backward", "forward", "live_tokens", "prepare", "unprepare"]
 
 class LayerSpec(NamedTuple):
     """What a layer's pass depends on beside tensors.

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from fastskel.nn import dst_function as fn
 from fastskel.nn.attention import AttentionBackend, choose_backend, merges
 from fastskel.nn.drop_path import NO_DROPS, LayerDrops
-from fastskel.nn.dst_function import Kept, LayerSpec, MemoryMode, Weights
+from fastskel.nn.dst_function import Kept, LayerSpec, Weights
+from fastskel.nn.memory import MemoryMode, check_memory, keeps_converted
 from fastskel.nn.mlp import MLP
 from fastskel.nn.plain import check_plain
 from fastskel.nn.precision import Precision, precision_of, without_autocast
@@ -121,7 +122,7 @@ class DSTLayer(MergingLayer):
         """
         attn = self.CA.attn
         _check_tokens(x, self.DSA.wt1.in_features, attn.embed_dim)
-        fn.check_memory(memory)
+        check_memory(memory)
         precision = precision_of(x, attn.in_proj_weight, "DSTLayer")
         attention = choose_backend(
             backend, attn.embed_dim, attn.num_heads, x.device, precision.compute, self.repays(x)
@@ -199,7 +200,7 @@ class _Layer(torch.autograd.Function):
             if spec.memory == "layer":
                 # as it came: computed again, everything has the same bits
                 xb, kept = x, Kept(*(None,) * len(Kept._fields))
-            converted = prepared if fn.keeps_converted(spec.memory, prepared, kept) else ()
+            converted = prepared if keeps_converted(spec.memory, prepared, kept) else ()
             ctx.save_for_backward(xb, *kept, *parameters, *converted)
         return y
 
@@ -214,7 +215,7 @@ class _Layer(torch.autograd.Function):
         with without_autocast(xb.device):
             prepared = Weights(*converted) if converted else fn.prepare(parameters, spec.precision)
             if kept.ca is None:
-                _, xb, kept = fn.forward(xb.to(spec.precision.residual), prepared, drops, spec)
+                _, xb, kept = fn.forward(xb.to(spec.precision.residual), prepared, drops, spec._replace(memory="lean"))
             dx, raw = fn.backward(grad, xb, kept, prepared, drops, spec, need)
             grads = fn.unprepare(raw, parameters, spec.gap)
         return (dx.to(ctx.dtype), None, None, *(grads[name] if name in need else None for name in Weights._fields))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastskel.nn.attention import AttentionBackend, attend, attend_backward, choose_backend, merges
-from fastskel.nn.dst_function import MemoryMode, check_memory, keeps_converted
 from fastskel.nn.gemm import linear, linear_grads, matmul, relu_grad
+from fastskel.nn.memory import MemoryMode, check_memory, keeps_converted
 from fastskel.nn.norm import fold, normalise, normalise_grad, unfold
 from fastskel.nn.plain import check_plain
 from fastskel.nn.precision import Precision, precision_of, without_autocast
@@ -255,7 +255,7 @@ class _Layer(torch.autograd.Function):
         with without_autocast(xb.device):
             prepared = _Weights(*converted) if converted else _prepare(w, spec.precision)
             if kept.norm1 is None:
-                _, xb, kept = _forward(xb.to(spec.precision.residual), prepared, spec)
+                _, xb, kept = _forward(xb.to(spec.precision.residual), prepared, spec._replace(memory="lean"))
             dx, got = _backward(grad, xb, kept, prepared, spec, need)
             if got["up"] is not None and got["up_bias"] is not None:
                 d_norm, d_norm_bias, got["up"], _ = unfold(got["up"], got["up_bias"], w.up, w.norm1, w.norm1_bias)
