@@ -258,13 +258,15 @@ def origin(device: torch.device | None = None) -> dict[str, Any]:
     """Return what every row says of its making: device, threads, load, versions, commit, date, command.
 
     `load` is the machine's load average just before: two threads on a busy CPU wait for each other, by a factor of
-    ten and more, and evenly enough that `noise` does not show it.
+    ten and more, and evenly enough that `noise` does not show it. Of absolute paths in the command the last part stays:
+    rows are published, and where somebody keeps files says nothing.
     """
     made = provenance()
     return {
         "device": device_name(device), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
         "versions": made["versions"], "commit": made["commit"],
-        "date": datetime.date.today().isoformat(), "command": made["command"],
+        "date": datetime.date.today().isoformat(),
+        "command": [Path(word).name if Path(word).is_absolute() else word for word in made["command"]],
     }  # fmt: skip
 
 

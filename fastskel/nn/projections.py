@@ -128,7 +128,7 @@ class _Merge(torch.autograd.Function):
         in_weight, in_bias, out_weight = ctx.saved_tensors
         with without_autocast(in_weight.device):
             full = merged_backward(Projections(*grads), in_weight, in_bias, out_weight, ctx.compute)
-        needed = [g.to(in_weight.dtype) if need else None for g, need in zip(full, ctx.needs_input_grad, strict=False)]
+        needed = [g.to(in_weight.dtype) if need else None for g, need in zip(full, ctx.needs_input_grad[:4], strict=True)]
         return (*needed, None)
 
 

@@ -149,6 +149,12 @@ def test_relative_l2():
     assert not harness.relative_l2([a * float("nan")], [a]) <= 1e-2
 
 
+def test_rows_do_not_say_where_files_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = [str(tmp_path / "encoder.py"), "--out", str(tmp_path / "rows.jsonl"), "here/data", "--rounds", "3"]
+    monkeypatch.setattr("sys.argv", words)
+    assert harness.origin()["command"] == ["encoder.py", "--out", "rows.jsonl", "here/data", "--rounds", "3"]
+
+
 def test_rows_are_appended_and_say_where_they_come_from(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     made = harness.origin()
