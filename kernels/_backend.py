@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,13 +18,43 @@ except ImportError:  # Triton is published for Linux only: the CPU operators wor
     triton = None
     tl = None
 
-__all__ = ["INTERPRETED", "OPTIONS", "CompileCase", "cpu_kernel", "device_of", "jit", "tl", "triton"]
+__all__ = [
+    "INTERPRETED",
+    "OPTIONS",
+    "CompileCase",
+    "Cost",
+    "cpu_kernel",
+    "device_of",
+    "jit",
+    "num_processors",
+    "tl",
+    "triton",
+]
 
 # Triton reads the variable when a kernel is decorated, so it cannot change later
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # options of every launch; fused multiply-add is named because Triton's default for it changes between releases
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+
+
+# what a processor count is taken to be where there is no GPU: few, so that programs loop over several items
+HOST_PROCESSORS = 3
+
+
+class Cost(NamedTuple):
+    """What a call of a kernel costs at least.
+
+    Attributes:
+        flops: Operations of its matrix products, two for a multiplication with its addition.
+        bytes: Bytes of device memory: every input read once, every output written once.
+    """
+
+    flops: int
+    bytes: int
+
+
+NO_COST = Cost(0, 0)
 
 
 @dataclass(frozen=True)
@@ -37,6 +68,8 @@ class CompileCase:
         constexprs: Value of every constexpr.
         num_warps: Warps of a program.
         num_stages: Stages of its software pipelines.
+        cost: What a call at these shapes costs at least.
+        hot: Whether it runs in every training step, so that it may not spill registers on sm_90.
     """
 
     label: str
@@ -45,6 +78,8 @@ class CompileCase:
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
+    cost: Cost = NO_COST
+    hot: bool = False
 
 
 def jit(**options: Any) -> Callable[[Callable[..., None]], Any]:
@@ -63,6 +98,12 @@ def cpu_kernel(reference: Callable[..., Any], interpreted: Callable[..., Any]) -
 def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make a tensor's GPU current while a kernel is launched: Triton launches on the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Count a GPU's multiprocessors, which bounds the programs of a persistent kernel; a few on the CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else HOST_PROCESSORS
 
 
 class _Missing:
