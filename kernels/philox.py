@@ -23,21 +23,23 @@ BLOCK_N = 64
 BLOCK_Q = 4
 
 
-def philox_words(index: Tensor, view: Tensor | int, seed: int, step: int, use: int, num: int) -> Tensor:
+def philox_words(
+    index: Tensor, view: Tensor | int, seed: int | Tensor, step: int | Tensor, use: int, num: int
+) -> Tensor:
     """Draw random words for samples, each a function of its address alone.
 
     Args:
         index: Global sample index, (N,), integers in [0, 2**32).
         view: View number, one for all or (N,), in [0, 2**16).
-        seed: 64-bit key.
-        step: Optimiser step or epoch, below 2**32.
+        seed: 64-bit key; as a tensor (), int64, its bits. A captured graph repeats numbers and reads tensors again.
+        step: Optimiser step or epoch, below 2**32; or a tensor (), int64.
         use: What the draw is for, below 2**16.
         num: Words per sample.
     Returns:
         Words in [0, 2**32), (N, num), int64.
     Raises:
-        ValueError: On shapes, types and numbers out of range. The values of `index` and `view` are checked on the CPU
-            only: on a GPU that would wait for the device, and their low 32 and 16 bits count.
+        ValueError: On shapes, types and numbers out of range. The values of tensors are checked on the CPU only: on a
+            GPU that would wait for the device, and their low bits count.
     """
     if isinstance(view, int):
         if not 0 <= view < 1 << 16:
@@ -53,20 +55,39 @@ def philox_words(index: Tensor, view: Tensor | int, seed: int, step: int, use: i
             f"{tuple(view.shape)} on {view.device}. Give one per sample, beside index."
         )
     for argument, value, bits in (("seed", seed, 64), ("step", step, 32), ("use", use, 16), ("num", num, 31)):
-        if not 0 <= value < 1 << bits:
+        if isinstance(value, Tensor):
+            if value.dtype != torch.int64 or value.dim():
+                raise ValueError(
+                    f"philox_words: {argument} must be an int or an int64 tensor (), got {value.dtype} "
+                    f"{tuple(value.shape)}. Give one {argument} for all samples."
+                )
+        elif not 0 <= value < 1 << bits:
             raise ValueError(
                 f"philox_words: {argument} must be in [0, 2**{bits}), got {value}. Choose another {argument}."
             )
+    address = None
     # an operator's integers are signed 64 bits: the same bits, read as such
-    signed = seed - (1 << 64) if seed >= 1 << 63 else seed
-    words: Tensor = _operator(index, view, signed, step, use, num)
+    if isinstance(seed, int) and seed >= 1 << 63:
+        seed -= 1 << 64
+    if isinstance(seed, Tensor) or isinstance(step, Tensor):
+        parts = [
+            value.to(index.device, non_blocking=True)
+            if isinstance(value, Tensor)
+            else torch.full((), value, dtype=torch.int64, device=index.device)
+            for value in (seed, step)
+        ]
+        address, seed, step = torch.stack(parts), 0, 0
+    words: Tensor = _operator(index, view, address, seed, step, use, num)
     return words
 
 
 @jit(do_not_specialize=["seed", "step", "use", "num", "size"])
 def _philox_words_kernel(
-    p_index, p_view, p_words, seed, step, use, num, size, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr
+    p_index, p_view, p_address, p_words, seed, step, use, num, size, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
+    if p_address is not None:
+        seed = tl.load(p_address)
+        step = tl.load(p_address + 1)
     # axis 0 alone takes more than 65,535 programs: samples and blocks share it
     num_programs_q = tl.cdiv(tl.cdiv(num, 4), BLOCK_Q)
     i_program = tl.program_id(0)
@@ -93,11 +114,12 @@ def _philox_words_kernel(
 # sizes are arguments, so a case is a set of types: small and 64-bit seeds, and steps that leave int32
 COMPILE_CASES = [
     CompileCase(
-        label=f"index {index}, seed {seed}, step {step}",
+        label=f"index {index}, " + ("address on the device" if address else f"seed {seed}, step {step}"),
         kernel=_philox_words_kernel,
         signature={
             "p_index": f"*{index}",
             "p_view": "*i64",
+            **({"p_address": "*i64"} if address else {}),
             "p_words": "*i64",
             "seed": seed,
             "step": step,
@@ -105,13 +127,20 @@ COMPILE_CASES = [
             "num": "i32",
             "size": "i32",
         },
-        constexprs={"BLOCK_N": BLOCK_N, "BLOCK_Q": BLOCK_Q},
+        constexprs={"BLOCK_N": BLOCK_N, "BLOCK_Q": BLOCK_Q, **({} if address else {"p_address": None})},
     )
-    for index, seed, step in (("i64", "i32", "i32"), ("i64", "i64", "i32"), ("i32", "i64", "i64"))
+    for index, address, seed, step in (
+        ("i64", False, "i32", "i32"),
+        ("i64", False, "i64", "i32"),
+        ("i32", False, "i64", "i64"),
+        ("i64", True, "i32", "i32"),
+    )
 ]
 
 
-def philox_words_triton(index: Tensor, view: Tensor, seed: int, step: int, use: int, num: int) -> Tensor:
+def philox_words_triton(
+    index: Tensor, view: Tensor, address: Tensor | None, seed: int, step: int, use: int, num: int
+) -> Tensor:
     """Launch the kernel on addresses (N,); returns words (N, num)."""
     size = index.shape[0]
     words = torch.empty((size, num), device=index.device, dtype=torch.int64)
@@ -121,6 +150,7 @@ def philox_words_triton(index: Tensor, view: Tensor, seed: int, step: int, use: 
             _philox_words_kernel[grid](
                 index.contiguous(),
                 view.contiguous(),
+                address,
                 words,
                 seed,
                 step,
@@ -139,11 +169,21 @@ _operator = torch.library.custom_op(
     philox_words_triton,
     mutates_args=(),
     device_types="cuda",
-    schema="(Tensor index, Tensor view, int seed, int step, int use, int num) -> Tensor",
+    schema="(Tensor index, Tensor view, Tensor? address, int seed, int step, int use, int num) -> Tensor",
 )
-_operator.register_kernel("cpu")(cpu_kernel(philox_words_reference, philox_words_triton))
+
+
+def _reference(
+    index: Tensor, view: Tensor, address: Tensor | None, seed: int, step: int, use: int, num: int
+) -> Tensor:
+    if address is not None:
+        seed, step = address.tolist()
+    return philox_words_reference(index, view, seed, step, use, num)
+
+
+_operator.register_kernel("cpu")(cpu_kernel(_reference, philox_words_triton))
 
 
 @_operator.register_fake
-def _(index: Tensor, view: Tensor, seed: int, step: int, use: int, num: int) -> Tensor:
+def _(index: Tensor, view: Tensor, address: Tensor | None, seed: int, step: int, use: int, num: int) -> Tensor:
     return index.new_empty((index.shape[0], num), dtype=torch.int64)

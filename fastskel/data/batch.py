@@ -18,14 +18,16 @@ class DrawAddress:
     """Philox address of a model's draws for the samples of one view.
 
     Attributes:
-        seed: 64-bit key.
-        step: Optimiser step, one counter word.
+        seed: 64-bit key; or a tensor () of its bits, int64.
+        step: Optimiser step, one counter word; or a tensor (), int64.
         index: Global sample index of each row, (N,), int64 on the host.
         view: View number of each row, (N,), int64 on the host.
+
+    Tensors may lie on the device where what is dropped is masked: a captured graph repeats numbers and reads tensors again.
     """
 
-    seed: int
-    step: int
+    seed: int | Tensor
+    step: int | Tensor
     index: Tensor
     view: Tensor
 
@@ -91,8 +93,8 @@ class Batch:
         views = [view.to(device, non_blocking=non_blocking) for view in self.views]
         return replace(self, views=views, labels=self.labels.to(device, non_blocking=non_blocking), extras=moved)
 
-    def at(self, seed: int, step: int) -> Batch:
-        """Address the model's draws of all N samples and every view by (seed, step)."""
+    def at(self, seed: int | Tensor, step: int | Tensor) -> Batch:
+        """Address the model's draws of all N samples and every view by (seed, step); numbers, or tensors ()."""
         views = [
             replace(view, address=DrawAddress(seed, step, self.index, torch.full_like(self.index, number)))
             for number, view in enumerate(self.views)

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import Literal, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastskel.data.batch import DrawAddress, View
 from fastskel.models.backbone import USDRLBackbone
 from fastskel.models.encoder import ENCODERS
-from fastskel.nn.drop_path import NO_DROPS, NUM_DROP_PATHS, LayerDrops, drop_path_kept, layer_drops
+from fastskel.nn.drop_path import (
+    NO_DROPS,
+    NUM_DROP_PATHS,
+    LayerDrops,
+    drop_path_kept,
+    drop_path_scales,
+    masked_drops,
+    skipped_drops,
+)
 from fastskel.nn.dst_layer import DSTLayer
 from fastskel.nn.init import Init, initialise
 
@@ -77,29 +87,46 @@ class DSTE(USDRLBackbone):
         found = [self.get_submodule(f"{stream}{number or ''}") for number in range(self.num_layers)]
         return cast("list[DSTLayer]", found)
 
-    # the draws are NumPy's: a compiler would trace into them
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _drops(self, rows: int, view: View | None, tokens: Tensor) -> tuple[list[LayerDrops], list[LayerDrops]]:
         if not self.training or self.drop_path == 0.0:
             return ([NO_DROPS] * self.num_layers,) * 2
         address = None if view is None else view.address
         if address is None:
             # existing code seeds torch's generator and knows no addresses: one draw from it keys this forward pass
-            key = int(torch.randint(2**62, ()))
+            key = torch.randint(2**62, ())
             address = DrawAddress(key, 0, torch.arange(rows), torch.zeros(rows, dtype=torch.int64))
         if len(address.index) != rows:
             raise ValueError(
                 f"DSTE: view.address must have one index for each of {rows} clips, got {len(address.index)}. "
                 "Address the views with Batch.at."
             )
-        drawn = drop_path_kept(
-            self.drop_path, self.num_layers * 2 * NUM_DROP_PATHS,
-            seed=address.seed, step=address.step, index=address.index, view=address.view,
-        ).reshape(rows, self.num_layers, 2, NUM_DROP_PATHS)  # fmt: skip
-        temporal, spatial = (
-            layer_drops(drawn[:, :, stream], self.drop_path, self.drop_path_mode, tokens.device) for stream in range(2)
+        shape = (rows, self.num_layers, 2, NUM_DROP_PATHS)
+        if self.drop_path_mode == "mask":
+            index, number = (part.to(tokens.device, non_blocking=True) for part in (address.index, address.view))
+            scales = drop_path_scales(
+                self.drop_path, self.num_layers * 2 * NUM_DROP_PATHS,
+                seed=address.seed, step=address.step, index=index, view=number,
+            ).view(shape)  # fmt: skip
+            return masked_drops(scales[:, :, 0]), masked_drops(scales[:, :, 1])
+        kept = self._kept(address).reshape(shape)
+        return (
+            skipped_drops(kept[:, :, 0], self.drop_path, tokens.device),
+            skipped_drops(kept[:, :, 1], self.drop_path, tokens.device),
         )
-        return temporal, spatial
+
+    # the draws are NumPy's: a compiler would trace into them
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _kept(self, address: DrawAddress) -> NDArray[np.bool_]:
+        if any(value.device.type != "cpu" for value in vars(address).values() if isinstance(value, Tensor)):
+            raise ValueError(
+                "DSTE: view.address must be on the host to skip what is dropped, got tensors on a device. "
+                "Configure drop_path_mode='mask'."
+            )
+        seed = int(address.seed) % 2**64
+        return drop_path_kept(
+            self.drop_path, self.num_layers * 2 * NUM_DROP_PATHS,
+            seed=seed, step=int(address.step), index=address.index, view=address.view,
+        )  # fmt: skip
 
     def transform(self, temporal: Tensor, spatial: Tensor, view: View | None) -> tuple[Tensor, Tensor]:
         """Transform embedded tokens (N, T, D) and (N, M*V, D) to features of the same shapes."""

@@ -10,8 +10,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastskel import philox
+from fastskel.kernels.philox import philox_words
 
-__all__ = ["DROP_PATH_MODES", "NO_DROPS", "NUM_DROP_PATHS", "DropPathMode", "LayerDrops", "drop_path_kept", "layer_drops"]
+__all__ = [
+    "DROP_PATH_MODES",
+    "NO_DROPS",
+    "NUM_DROP_PATHS",
+    "DropPathMode",
+    "LayerDrops",
+    "drop_path_kept",
+    "drop_path_scales",
+    "masked_drops",
+    "skipped_drops",
+]
 
 # residual branches of one dense spatio-temporal layer, in the order their draws are numbered:
 # CA attention, CA MLP, then attention and MLP of the shifted branch, then of the plain branch
@@ -30,16 +41,19 @@ class LayerDrops(NamedTuple):
         inner: Where the rows of CA's attention lie among those of its MLP, (n,); None if they are the same.
         factors: What each branch is multiplied with: one number, or with masks (N, 1, 1) float64.
         bias: Factor of the second linear's bias, summed over both dense shift branches: one number, or (N, 1, 1) float64.
+        slots: The inverse of `rows`: where each sample lies among those that are computed, (N,) int32, -1 if it is not.
     """
 
     rows: tuple[Tensor | None, ...]
     inner: Tensor | None
     factors: tuple[float | Tensor, ...]
     bias: float | Tensor
+    slots: tuple[Tensor | None, ...] = (None,) * NUM_DROP_PATHS
 
 
 # nothing of any sample is dropped
 NO_DROPS = LayerDrops((None,) * NUM_DROP_PATHS, None, (1.0,) * NUM_DROP_PATHS, 2.0)
+
 
 def drop_path_kept(
     rate: float, num_calls: int, *, seed: int, step: int, index: Tensor, view: Tensor
@@ -66,38 +80,69 @@ def drop_path_kept(
     return kept
 
 
-def layer_drops(
-    kept: NDArray[np.bool_], rate: float, mode: DropPathMode, device: torch.device
-) -> list[LayerDrops]:
-    """Plan the layers of one stream.
+def drop_path_scales(
+    rate: float, num_calls: int, *, seed: int | Tensor, step: int | Tensor, index: Tensor, view: Tensor
+) -> Tensor:
+    """Draw what each residual branch is multiplied with, where the addresses are; the draws are those of `drop_path_kept`.
+
+    Args:
+        rate: Probability that a branch is dropped, in [0, 1).
+        num_calls: Branches drawn for.
+        seed: Philox key, or a tensor ().
+        step: Optimiser step, or a tensor ().
+        index: Global sample index of each row, (N,).
+        view: View number of each row, (N,).
+    Returns:
+        0 or 1 / (1 - rate), (N, num_calls), float64.
+    """
+    words = philox_words(index, view, seed, step, int(philox.Use.DROP_PATH), num_calls)
+    drawn = (words >> 8).to(torch.float32) * 2.0**-24
+    # compared as the host compares: with the rate in float32
+    scales: Tensor = (drawn >= float(np.float32(rate))).to(torch.float64) / (1.0 - rate)
+    return scales
+
+
+def masked_drops(scales: Tensor) -> list[LayerDrops]:
+    """Plan layers that compute every sample and multiply: one plan for each of `scales` (N, layers, 6)."""
+    return [_masked(scales[:, layer]) for layer in range(scales.shape[1])]
+
+
+def skipped_drops(kept: NDArray[np.bool_], rate: float, device: torch.device) -> list[LayerDrops]:
+    """Plan layers that compute the kept samples only, so that shapes depend on the draws.
 
     Args:
         kept: Whether each branch of each layer is kept, (N, layers, 6), on the host.
         rate: The rate it was drawn with.
-        mode: `"skip"` computes the kept samples only, which makes shapes depend on the draws; `"mask"` computes all of them
-            and multiplies, for compiled and captured steps.
         device: Where the tokens are.
     Returns:
-        One plan for each layer; a branch adds up to the same either way.
+        One plan for each layer; every branch adds up to what it does under `masked_drops`.
     """
     factor = 1.0 / (1.0 - rate)
-    if mode == "mask":
-        scales = torch.from_numpy(kept * factor).to(device, non_blocking=True)
-        return [_masked(scales[:, layer]) for layer in range(kept.shape[1])]
     lists = [_indices(kept[:, layer]) for layer in range(kept.shape[1])]
     # one copy to the device for all layers
     flat = [rows for plan in lists for rows in plan if rows is not None]
     packed = torch.from_numpy(np.concatenate([*flat, np.zeros(0, np.int64)])).to(device, non_blocking=True)
     parts = iter(torch.split(packed, [len(rows) for rows in flat]))
+    places = torch.from_numpy(np.stack([_places(plan, len(kept)) for plan in lists])).to(device, non_blocking=True)
     plans = []
     for layer, plan in enumerate(lists):
         *rows, inner = [None if rows is None else next(parts) for rows in plan]
+        slots = tuple(None if chosen is None else places[layer, call] for call, chosen in enumerate(rows))
         bias: float | Tensor = 2.0 * factor
         if any(rows[call] is not None for call in (SHIFTED_MLP, PLAIN_MLP)):
             live = kept[:, layer, [SHIFTED_MLP, PLAIN_MLP]].sum(1) * factor
             bias = torch.from_numpy(live).to(device, non_blocking=True)[:, None, None]
-        plans.append(LayerDrops(tuple(rows), inner, (factor,) * NUM_DROP_PATHS, bias))
+        plans.append(LayerDrops(tuple(rows), inner, (factor,) * NUM_DROP_PATHS, bias, slots))
     return plans
+
+
+def _places(plan: list[NDArray[np.int64] | None], num_rows: int) -> NDArray[np.int32]:
+    """Invert the lists of the branches, (6, N): the place of each sample, -1 where it is absent."""
+    places = np.full((NUM_DROP_PATHS, num_rows), -1, np.int32)
+    for call, rows in enumerate(plan[:NUM_DROP_PATHS]):
+        if rows is not None:
+            places[call, rows] = np.arange(len(rows), dtype=np.int32)
+    return places
 
 
 def _masked(scales: Tensor) -> LayerDrops:

@@ -24,8 +24,10 @@ def philox_words(index: Tensor, view: Tensor, seed: int, step: int, use: int, nu
     """Draw words (N, num), int64 in [0, 2**32), for samples `index` (N,) and views `view` (N,).
 
     Raises:
-        ValueError: If an index or a view leaves its range.
+        ValueError: If an index, a view or the step leaves its range.
     """
+    if not 0 <= step < 1 << 32:
+        raise ValueError(f"philox_words: step must be in [0, 2**32), got {step}. Number steps from 0.")
     for argument, values, bits in (("index", index, 32), ("view", view, 16)):
         if values.numel() and (int(values.min()) < 0 or int(values.max()) >= 1 << bits):
             raise ValueError(

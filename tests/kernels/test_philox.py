@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastskel.kernels import philox as kernel_module
 from fastskel.kernels.philox import philox_words
 from fastskel.kernels.reference.philox import philox_words as philox_words_reference
 
@@ -24,8 +25,12 @@ def both(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(INDEX, device=device), torch.tensor(VIEW, device=device)
 
 
-def check(device: str, seed: int, step: int, num: int) -> None:
-    words = philox_words(*both(device), seed, step, 0xFFFF, num)
+def check(device: str, seed: int, step: int, num: int, on_device: bool = False) -> None:
+    address = seed, step
+    if on_device:
+        bits = (seed + 2**63) % 2**64 - 2**63
+        address = tuple(torch.tensor(value, device=device) for value in (bits, step))
+    words = philox_words(*both(device), *address, 0xFFFF, num)
     assert words.dtype == torch.int64
     assert words.shape == (len(INDEX), num)
     assert np.array_equal(words.cpu().numpy(), philox.words_numpy(seed, INDEX, step, VIEW, 0xFFFF, num))
@@ -33,8 +38,9 @@ def check(device: str, seed: int, step: int, num: int) -> None:
 
 @pytest.mark.parametrize("num", [0, 1, 4, 17])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_operator_equals_numpy(seed: int, num: int) -> None:
-    check("cpu", seed, 2**32 - 1, num)
+@pytest.mark.parametrize("on_device", [False, True], ids=["numbers", "tensors"])
+def test_operator_equals_numpy(seed: int, num: int, on_device: bool) -> None:
+    check("cpu", seed, 2**32 - 1, num, on_device)
 
 
 @pytest.mark.gpu
@@ -44,6 +50,7 @@ def test_gpu_equals_numpy(seed: int) -> None:
     for step in (0, 1, 2**31, 2**32 - 1):
         for num in (0, 1, 4, 17):
             check("cuda", seed, step, num)
+            check("cuda", seed, step, num, on_device=True)
 
 
 def test_known_answer() -> None:
@@ -68,7 +75,9 @@ def test_index_types_and_strides(dtype: torch.dtype) -> None:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(torch.ops.fastskel.philox_words.default, (*both("cpu"), -1, 3, 4, 9))
+    operator = torch.ops.fastskel.philox_words.default
+    torch.library.opcheck(operator, (*both("cpu"), None, -1, 3, 4, 9))
+    torch.library.opcheck(operator, (*both("cpu"), torch.tensor([-1, 3]), 0, 0, 4, 9))
 
 
 def test_compiles_as_one_graph() -> None:
@@ -88,6 +97,9 @@ def test_compiles_as_one_graph() -> None:
         (dict(seed=2**64), r"seed must be in \[0, 2\*\*64\)"),
         (dict(seed=-1), "seed must be in"),
         (dict(step=2**32), "step must be in"),
+        (dict(step=torch.tensor(2**32)), "step must be in"),
+        (dict(step=torch.tensor([1])), r"step must be an int or an int64 tensor \(\), got torch.int64 \(1,\)"),
+        (dict(seed=torch.tensor(1.0)), r"seed must be an int or an int64 tensor"),
         (dict(use=-1), "use must be in"),
         (dict(num=-1), "num must be in"),
     ],
@@ -98,39 +110,19 @@ def test_refuses(change: dict, message: str) -> None:
         philox_words(**{**dict(index=torch.arange(3), view=0, seed=0, step=0, use=0, num=1), **change})
 
 
-INTERPRETED = """
-import numpy as np, torch
-from fastskel import philox
-from fastskel.kernels import philox as operator
-
-kernel, launches = operator._philox_words_kernel, 0
-original = kernel.run
-
-def counted(*arguments, **options):
-    global launches
-    launches += 1
-    return original(*arguments, **options)
-
-kernel.run = counted
-index = np.array([0, 1, 2**31, 2**32 - 1, *range(2, 70)])
-view = np.arange(len(index)) % 5 * 16383
-for seed, step, num in [(0, 0, 4), (1, 1, 1), (2**32 - 1, 2**31, 17), (2**63 + 5, 2**32 - 1, 5), (7, 3, 0)]:
-    words = operator.philox_words(torch.tensor(index), torch.tensor(view), seed, step, 0xFFFF, num)
-    assert np.array_equal(words.numpy(), philox.words_numpy(seed, index, step, view, 0xFFFF, num)), (seed, step, num)
-torch.library.opcheck(torch.ops.fastskel.philox_words.default, (torch.tensor(index), torch.tensor(view), 1, 2, 3, 4))
-print("launches", launches)
-"""
+@pytest.mark.interpreted
+def test_interpreter_equals_numpy(launches) -> None:
+    seen = launches(kernel_module._philox_words_kernel)
+    for seed, step, num in [(0, 0, 4), (1, 1, 1), (2**32 - 1, 2**31, 17), (2**63 + 5, 2**32 - 1, 5), (7, 3, 0)]:
+        check("cpu", seed, step, num)
+        check("cpu", seed, step, num, on_device=True)
+    # two ways to give the address of each draw that is not empty
+    assert len(seen) == 8
 
 
-def test_interpreter(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    # the variable is read at decoration, so the kernel is interpreted in a process of its own
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", INTERPRETED]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    # four draws that are not empty, and those of opcheck
-    assert int(done.stdout.split()[-1]) > 4
+@pytest.mark.interpreted
+def test_opcheck_of_the_interpreted() -> None:
+    torch.library.opcheck(torch.ops.fastskel.philox_words.default, (*both("cpu"), None, -1, 3, 4, 9))
 
 
 def test_compiles_offline(tmp_path: Path) -> None:

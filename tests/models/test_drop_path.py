@@ -13,7 +13,15 @@ from fastskel import philox
 from fastskel.data.batch import Batch, View, concat_views
 from fastskel.models import DSTE
 from fastskel.nn import drop_path
-from fastskel.nn.drop_path import NO_DROPS, NUM_DROP_PATHS, LayerDrops, drop_path_kept, layer_drops
+from fastskel.nn.drop_path import (
+    NO_DROPS,
+    NUM_DROP_PATHS,
+    LayerDrops,
+    drop_path_kept,
+    drop_path_scales,
+    masked_drops,
+    skipped_drops,
+)
 
 RATE = 0.3
 
@@ -134,7 +142,8 @@ def test_both_ways_plan_the_same(rate):
     rows, layers = 50, 3
     kept = np.random.default_rng(0).random((rows, layers, NUM_DROP_PATHS)) >= rate
     kept[:, 2] = True
-    skips, masks = (layer_drops(kept, rate, mode, torch.device("cpu")) for mode in ("skip", "mask"))
+    skips = skipped_drops(kept, rate, torch.device("cpu"))
+    masks = masked_drops(torch.from_numpy(kept / (1 - rate)))
     for layer, (skip, mask) in enumerate(zip(skips, masks, strict=True)):
         masked = factors_of(mask, rows)
         torch.testing.assert_close(masked, torch.from_numpy(kept[:, layer] / (1 - rate)), rtol=1e-15, atol=0)
@@ -147,7 +156,26 @@ def test_both_ways_plan_the_same(rate):
         mlp = torch.arange(rows) if skip.rows[drop_path.CA_MLP] is None else skip.rows[drop_path.CA_MLP]
         attention = torch.arange(rows) if skip.rows[drop_path.CA_ATTENTION] is None else skip.rows[drop_path.CA_ATTENTION]
         assert torch.equal(mlp if skip.inner is None else mlp[skip.inner], attention)
-    assert skips[2].rows == (None,) * NUM_DROP_PATHS and skips[2].inner is None
+        for chosen, slots in zip(skip.rows, skip.slots, strict=True):
+            if chosen is None:
+                assert slots is None
+                continue
+            assert slots.dtype == torch.int32 and slots.shape == (rows,)
+            assert torch.equal(slots[chosen], torch.arange(len(chosen), dtype=torch.int32))
+            assert int((slots < 0).sum()) == rows - len(chosen)
+    assert skips[2].rows == skips[2].slots == (None,) * NUM_DROP_PATHS and skips[2].inner is None
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
+def test_scales_are_the_draws_of_the_host(rate, tensors):
+    """As a captured step draws them: seed and step may be tensors."""
+    index, view = torch.tensor([0, 7, 2**32 - 1, 5]), torch.tensor([0, 1, 2, 65535])
+    seed, step = 2**40 + 3, 11
+    kept = drop_path_kept(rate, 24, seed=seed, step=step, index=index, view=view)
+    keys = dict(seed=torch.tensor(seed), step=torch.tensor(step)) if tensors else dict(seed=seed, step=step)
+    scales = drop_path_scales(rate, 24, index=index, view=view, **keys)
+    assert torch.equal(scales, torch.from_numpy(kept / (1 - rate)))
 
 
 @pytest.mark.parametrize("gone", [0.0, 1.0], ids=["none dropped", "all dropped"])
@@ -159,6 +187,12 @@ def test_both_ways_compute_the_same_at_the_ends(gone, rows, memory, make_view, m
     monkeypatch.setattr(
         "fastskel.models.dste.drop_path_kept",
         lambda rate, calls, *, seed, step, index, view: np.full((len(index), calls), gone == 0.0),
+    )
+    monkeypatch.setattr(
+        "fastskel.models.dste.drop_path_scales",
+        lambda rate, calls, *, seed, step, index, view: torch.full(
+            (len(index), calls), (1 - gone) / (1 - rate), dtype=torch.float64
+        ),
     )
     found = []
     for mode in ("skip", "mask"):
@@ -239,7 +273,10 @@ def test_skipping_has_the_mean_and_variance_of_masking():
         drawn = drop_path_kept(
             rate, NUM_DROP_PATHS, seed=seed, step=0, index=torch.arange(draws), view=torch.zeros(draws, dtype=torch.int64)
         )
-        (plan,) = layer_drops(drawn[:, None], rate, mode, torch.device("cpu"))
+        if mode == "skip":
+            (plan,) = skipped_drops(drawn[:, None], rate, torch.device("cpu"))
+        else:
+            (plan,) = masked_drops(torch.from_numpy(drawn[:, None] / (1 - rate)))
         rows = x.clone().requires_grad_()
         out = layer(rows, plan)
         (gradient,) = torch.autograd.grad((out * weight).sum(), rows)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastskel.nn.drop_path import NUM_DROP_PATHS, LayerDrops, layer_drops
+from fastskel.nn.drop_path import NUM_DROP_PATHS, LayerDrops, masked_drops, skipped_drops
 from fastskel.nn.dst_layer import DSTLayer
 
 RATE = 0.3
@@ -110,7 +110,10 @@ def make_case(case: tuple, rows: int) -> tuple[DSTLayer, Tensor, Tensor]:
 
 
 def drops_of(kept: np.ndarray, mode: str = "skip") -> LayerDrops:
-    (drops,) = layer_drops(kept[:, None], RATE, mode, torch.device("cpu"))
+    if mode == "mask":
+        (drops,) = masked_drops(torch.from_numpy(kept[:, None] / (1 - RATE)))
+    else:
+        (drops,) = skipped_drops(kept[:, None], RATE, torch.device("cpu"))
     return drops
 
 
