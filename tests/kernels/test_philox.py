@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,7 @@ def test_compiles_offline(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastskel.bench.offline", "--kernel", "_philox_words_kernel"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for target in ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942"):
+    for target in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942"):
         assert target in done.stdout
-    assert "spilled 0" in done.stdout
+    # registers, then spilled bytes
+    assert re.search(r"index i64, seed i64, step i32 +\d+ +0 ", done.stdout)
