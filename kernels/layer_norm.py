@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from fastskel.kernels._backend import INTERPRETED, CompileCase, Cost, cpu_kernel, jit, num_processors, tl
-from fastskel.kernels.layer_norm_backward import (
+from fastskel.kernels._layer_norm_backward import (
     PROGRAMS,
     block_offsets,
     check_written,

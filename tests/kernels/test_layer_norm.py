@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastskel.kernels._backend import INTERPRETED
+from fastskel.kernels._layer_norm_backward import _layer_norm_backward_kernel
 from fastskel.kernels.layer_norm import (
     Term,
     TermGrad,
@@ -18,7 +19,6 @@ from fastskel.kernels.layer_norm import (
     layer_norm_forward,
     layer_norm_forward_cost,
 )
-from fastskel.kernels.layer_norm_backward import _layer_norm_backward_kernel
 from fastskel.kernels.reference import layer_norm as reference
 from torch import Tensor
 

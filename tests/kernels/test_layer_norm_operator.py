@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastskel.kernels._backend import INTERPRETED
+from fastskel.kernels._layer_norm_backward import _layer_norm_backward_kernel
 from fastskel.kernels.layer_norm import _layer_norm_forward_kernel, layer_norm
-from fastskel.kernels.layer_norm_backward import _layer_norm_backward_kernel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
