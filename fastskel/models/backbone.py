@@ -17,6 +17,7 @@ from fastskel.models.encoder import Encoder, Features
 from fastskel.nn.attention import BACKENDS, AttentionBackend
 from fastskel.nn.drop_path import DROP_PATH_MODES, DropPathMode
 from fastskel.nn.embed import PositionalEncoding, SkeletonEmbedding
+from fastskel.nn.kernel_choice import KERNEL_CHOICES, KernelChoice
 from fastskel.nn.memory import MEMORY_MODES, MemoryMode
 from fastskel.nn.pool import token_max
 from fastskel.nn.precision import Precision
@@ -74,6 +75,7 @@ class USDRLBackbone(Encoder):
     memory: MemoryMode = "lean"
     drop_path_mode: DropPathMode = "skip"
     attention_backend: AttentionBackend = "auto"
+    kernels: KernelChoice = "auto"
     # type of a copy made for inference
     frozen: torch.dtype | None = None
 
@@ -83,6 +85,7 @@ class USDRLBackbone(Encoder):
         memory: MemoryMode | None = None,
         drop_path_mode: DropPathMode | None = None,
         attention_backend: AttentionBackend | None = None,
+        kernels: KernelChoice | None = None,
     ) -> None:
         """Choose how the same function of (N, T, M, V, C) is computed; None leaves a choice as it is.
 
@@ -93,6 +96,8 @@ class USDRLBackbone(Encoder):
                 not depend on the draws, for compiled and captured steps.
             attention_backend: `"auto"` what was measured to be fastest, `"fastskel"` merged projections where they pay, or the
                 plain projections with torch's `"sdpa"`, `"xformers"` or an explicit softmax (`"math"`).
+            kernels: Who computes what lies between the matrix products: `"torch"`, `"triton"` on a GPU, or `"auto"`, which takes
+                Triton's fused kernels where they were measured to win.
         Raises:
             ValueError: On an unknown name.
         """
@@ -100,6 +105,7 @@ class USDRLBackbone(Encoder):
             "memory": (memory, MEMORY_MODES),
             "drop_path_mode": (drop_path_mode, DROP_PATH_MODES),
             "attention_backend": (attention_backend, BACKENDS),
+            "kernels": (kernels, KERNEL_CHOICES),
         }
         if self.frozen and any(value is not None for value, _ in choices.values()):
             raise ValueError(f"{type(self).__name__}: a copy made for inference must stay as it is. Configure the original.")
@@ -225,4 +231,7 @@ class USDRLBackbone(Encoder):
         self.check(view.clips)
         temporal, spatial = self.streams(*tokens(view.clips), view)
         # ties share the gradient evenly, as under the reference's amax
-        return Features(torch.cat([token_max(temporal), token_max(spatial)], -1), temporal=temporal, spatial=spatial)
+        y_t, y_s = (token_max(stream, self.kernels) for stream in (temporal, spatial))
+        return Features(
+            torch.cat([y_t, y_s], -1), temporal=temporal, spatial=spatial, temporal_pooled=y_t, spatial_pooled=y_s
+        )

@@ -131,7 +131,7 @@ class DSTE(USDRLBackbone):
     def transform(self, temporal: Tensor, spatial: Tensor, view: View | None) -> tuple[Tensor, Tensor]:
         """Transform embedded tokens (N, T, D) and (N, M*V, D) to features of the same shapes."""
         t, s = temporal, spatial
-        how = dict(memory=self.memory, backend=self.attention_backend)
+        how = dict(memory=self.memory, backend=self.attention_backend, kernels=self.kernels)
         t_drops, s_drops = self._drops(t.shape[0], view, t)
         for t_layer, s_layer, t_drop, s_drop in zip(
             self.layers("t_tr"), self.layers("s_tr"), t_drops, s_drops, strict=True

@@ -26,6 +26,8 @@ class Features:
         temporal: Per-frame features, (N, T', D), where the encoder has them.
         spatial: Per-joint features, (N, S, D), where the encoder has them.
         tokens: Per-body, per-frame, per-joint features, (N, M, T', V', D), where the encoder has them.
+        temporal_pooled: Maxima of `temporal`, (N, D), where the encoder has them already; who replaces one replaces both.
+        spatial_pooled: Maxima of `spatial`, (N, D), likewise.
         aux: Anything else, by name.
     """
 
@@ -33,6 +35,8 @@ class Features:
     temporal: Tensor | None = None
     spatial: Tensor | None = None
     tokens: Tensor | None = None
+    temporal_pooled: Tensor | None = None
+    spatial_pooled: Tensor | None = None
     aux: dict[str, Any] = field(default_factory=dict)
 
     def need(self, name: str, task: str) -> Tensor:

@@ -60,7 +60,7 @@ class STTR(USDRLBackbone):
 
     def transform(self, temporal: Tensor, spatial: Tensor, view: View | None) -> tuple[Tensor, Tensor]:
         """Transform embedded tokens (N, T, D) and (N, M*V, D) to features of the same shapes."""
-        how = dict(memory=self.memory, backend=self.attention_backend)
+        how = dict(memory=self.memory, backend=self.attention_backend, kernels=self.kernels)
         t_tr, s_tr = self.get_submodule("t_tr"), self.get_submodule("s_tr")
         return t_tr(self.tpe(temporal), **how), s_tr(spatial + self.spe, **how)
 

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastskel.kernels.attention import attention_backward, attention_forward
 from fastskel.nn.gemm import linear, linear_grads, matmul
+from fastskel.nn.kernel_choice import Kernels
 from fastskel.nn.precision import Precision
 from fastskel.nn.projections import Attention, Projections, pays
 
@@ -54,7 +56,13 @@ def merges(backend: AttentionBackend, width: int, num_heads: int) -> bool:
 
 
 def choose_backend(
-    backend: AttentionBackend, width: int, num_heads: int, device: torch.device, compute: torch.dtype, merge: bool = True
+    backend: AttentionBackend,
+    width: int,
+    num_heads: int,
+    device: torch.device,
+    compute: torch.dtype,
+    merge: bool = True,
+    kernels: Kernels = "torch",
 ) -> Attention:
     """Decide how attention over tokens (N, S, D) is computed.
 
@@ -66,6 +74,7 @@ def choose_backend(
         device: Where the tokens are.
         compute: Type of the matrix products.
         merge: Whether `"auto"` may merge: with gradients, few tokens do not repay it.
+        kernels: Whether a core of our own is explicit or a fused kernel; `"math"` is explicit.
     Raises:
         ValueError: On an unknown name, or an xformers that does not load or does not support the device.
     """
@@ -80,7 +89,7 @@ def choose_backend(
         return Attention(num_heads, False, "xformers")
     if backend == "sdpa":
         return Attention(num_heads, False, "sdpa")
-    return Attention(num_heads, merged, "own")
+    return Attention(num_heads, merged, "triton" if kernels == "triton" and backend == "fastskel" else "own")
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, precision: Precision) -> Tensor:
@@ -120,12 +129,15 @@ def attend(
         keep: Whether the first projection is returned.
     Returns:
         Tokens (N, S, D); queries (N, S, D), or not merged queries, keys and values (N, S, 3D), or None; weights (N * H, S, S) if
-        the core is our own.
+        the core is our own and explicit, logarithms of their sums (N, H, S) if it is the kernel.
     """
     q = linear(z, w.first, w.first_bias)
     scale = 1.0 / math.sqrt(z.shape[-1] / how.num_heads)
     p = None
-    if how.merged:
+    if how.core == "triton":
+        mixed, p = attention_forward(*_operands(q, z, how), None, scale)
+        mixed = mixed.transpose(1, 2).flatten(2)
+    elif how.merged:
         p = _probabilities(q, z, scale, precision)
         mixed = torch.bmm(p, z)
     elif how.core == "own":
@@ -137,6 +149,25 @@ def attend(
     kept = q if keep else None
     del q
     return linear(mixed, w.last, w.last_bias), kept, p
+
+
+def _operands(q: Tensor, z: Tensor, how: Attention) -> tuple[Tensor, Tensor, Tensor | None]:
+    """View what the kernel reads as (N, H, S, D / H): queries and keys that are values too, or all three."""
+    return (q[:, None], z[:, None], None) if how.merged else _heads(q, how.num_heads)
+
+
+def _fused_backward(
+    grad: Tensor, q: Tensor, z: Tensor, sums: Tensor, scale: float, how: Attention
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the gradient of the first projection's output (N, S, D), if merged that of the tokens, and the mixed values."""
+    n, s, d = grad.shape
+    heads = grad.view(n, s, how.num_heads, d // how.num_heads).transpose(1, 2)
+    found = attention_backward(heads, *_operands(q, z, how), sums, None, scale, want_out=True)
+    dq, dk, dv, mixed = (None if t is None else t.transpose(1, 2).flatten(2) for t in found)
+    assert dq is not None and dk is not None and mixed is not None
+    if dv is None:
+        return dq, dk, mixed
+    return torch.cat([dq, dk, dv], -1), None, mixed
 
 
 def _joined(heads: Tensor, num_heads: int) -> Tensor:
@@ -172,7 +203,13 @@ def attend_backward(
     out = grad.pop()
     d_mixed = matmul(out, w.last)
     dz = None
-    if how.merged:
+    if how.core == "triton":
+        assert p is not None
+        first = linear(z, w.first, w.first_bias) if q is None else q
+        dq, dz, mixed = _fused_backward(d_mixed, first, z, p, scale, how)
+        d_last = linear_grads(out, mixed, precision.wide, need[1])
+        del out, d_mixed, mixed, first
+    elif how.merged:
         assert p is not None
         d_last = linear_grads(out, torch.bmm(p, z), precision.wide, need[1])
         del out
@@ -194,8 +231,13 @@ def attend_backward(
         d_last = linear_grads(out, mixed.detach(), precision.wide, need[1])
         del out, d_mixed, mixed, qkv
     d_first = linear_grads(dq, z, precision.wide, need[0])
-    through = matmul(dq, w.first)
-    return through if dz is None else dz.add_(through), (*d_first, *d_last)
+    if dz is None:
+        return matmul(dq, w.first), (*d_first, *d_last)
+    if how.core == "triton":
+        # added where the product is summed: no pass of its own
+        dz.flatten(0, 1).addmm_(dq.flatten(0, 1), w.first)
+        return dz, (*d_first, *d_last)
+    return dz.add_(matmul(dq, w.first)), (*d_first, *d_last)
 
 
 def _own_backward(

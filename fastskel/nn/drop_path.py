@@ -42,6 +42,7 @@ class LayerDrops(NamedTuple):
         factors: What each branch is multiplied with: one number, or with masks (N, 1, 1) float64.
         bias: Factor of the second linear's bias, summed over both dense shift branches: one number, or (N, 1, 1) float64.
         slots: The inverse of `rows`: where each sample lies among those that are computed, (N,) int32, -1 if it is not.
+        scales: `factors` and `bias` as fused kernels read them, (7, N) float32, where one of them is not one number.
     """
 
     rows: tuple[Tensor | None, ...]
@@ -49,6 +50,22 @@ class LayerDrops(NamedTuple):
     factors: tuple[float | Tensor, ...]
     bias: float | Tensor
     slots: tuple[Tensor | None, ...] = (None,) * NUM_DROP_PATHS
+    scales: Tensor | None = None
+
+    def scale(self, call: int) -> tuple[float, Tensor | None]:
+        """Return what a branch is multiplied with, as a number, and as a tensor (N,) to multiply it with where it is none."""
+        factor = self.factors[call]
+        if isinstance(factor, Tensor):
+            assert self.scales is not None
+            return 1.0, self.scales[call]
+        return factor, None
+
+    def bias_scale(self) -> tuple[float, Tensor | None]:
+        """As `scale` (N,), for the bias of the second linear."""
+        if isinstance(self.bias, Tensor):
+            assert self.scales is not None
+            return 1.0, self.scales[NUM_DROP_PATHS]
+        return self.bias, None
 
 
 # nothing of any sample is dropped
@@ -104,7 +121,14 @@ def drop_path_scales(
 
 def masked_drops(scales: Tensor) -> list[LayerDrops]:
     """Plan layers that compute every sample and multiply: one plan for each of `scales` (N, layers, 6)."""
-    return [_masked(scales[:, layer]) for layer in range(scales.shape[1])]
+    bias = scales[..., SHIFTED_MLP] + scales[..., PLAIN_MLP]
+    rows = torch.cat([scales, bias[..., None]], -1).permute(1, 2, 0).to(torch.float32).contiguous()
+    plans = []
+    for layer in range(scales.shape[1]):
+        factors = tuple(scales[:, layer, call, None, None] for call in range(NUM_DROP_PATHS))
+        plan = LayerDrops((None,) * NUM_DROP_PATHS, None, factors, bias[:, layer, None, None], scales=rows[layer])
+        plans.append(plan)
+    return plans
 
 
 def skipped_drops(kept: NDArray[np.bool_], rate: float, device: torch.device) -> list[LayerDrops]:
@@ -129,10 +153,12 @@ def skipped_drops(kept: NDArray[np.bool_], rate: float, device: torch.device) ->
         *rows, inner = [None if rows is None else next(parts) for rows in plan]
         slots = tuple(None if chosen is None else places[layer, call] for call, chosen in enumerate(rows))
         bias: float | Tensor = 2.0 * factor
+        scales = None
         if any(rows[call] is not None for call in (SHIFTED_MLP, PLAIN_MLP)):
             live = kept[:, layer, [SHIFTED_MLP, PLAIN_MLP]].sum(1) * factor
             bias = torch.from_numpy(live).to(device, non_blocking=True)[:, None, None]
-        plans.append(LayerDrops(tuple(rows), inner, (factor,) * NUM_DROP_PATHS, bias, slots))
+            scales = bias.view(1, -1).to(torch.float32).expand(NUM_DROP_PATHS + 1, -1)
+        plans.append(LayerDrops(tuple(rows), inner, (factor,) * NUM_DROP_PATHS, bias, slots, scales))
     return plans
 
 
@@ -143,11 +169,6 @@ def _places(plan: list[NDArray[np.int64] | None], num_rows: int) -> NDArray[np.i
         if rows is not None:
             places[call, rows] = np.arange(len(rows), dtype=np.int32)
     return places
-
-
-def _masked(scales: Tensor) -> LayerDrops:
-    factors = tuple(scales[:, call, None, None] for call in range(NUM_DROP_PATHS))
-    return LayerDrops((None,) * NUM_DROP_PATHS, None, factors, factors[SHIFTED_MLP] + factors[PLAIN_MLP])
 
 
 def _indices(kept: NDArray[np.bool_]) -> list[NDArray[np.int64] | None]:

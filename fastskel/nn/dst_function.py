@@ -33,6 +33,7 @@ from fastskel.nn.drop_path import (
     LayerDrops,
 )
 from fastskel.nn.gemm import linear, linear_grads, matmul, relu_grad
+from fastskel.nn.kernel_choice import Kernels
 from fastskel.nn.memory import MemoryMode
 from fastskel.nn.norm import fold, normalise, normalise_grad, unfold
 from fastskel.nn.precision import Precision
@@ -50,6 +51,7 @@ class LayerSpec(NamedTuple):
         gap: Every gap-th token passes the dense shift unchanged.
         eps: Added to variances.
         memory: How much is kept for the backward pass.
+        kernels: Who computes what lies between the products.
     """
 
     attention: Attention
@@ -58,6 +60,7 @@ class LayerSpec(NamedTuple):
     gap: int
     eps: float
     memory: MemoryMode
+    kernels: Kernels = "torch"
 
 
 class Weights(NamedTuple):
@@ -106,7 +109,7 @@ class Kept(NamedTuple):
     Attributes:
         conv: Rectified convolution, (n, S, D).
         q: Queries of all attentions, (n, S, D), or with keys and values (n, S, 3D).
-        p: Their weights, (n * H, S, S), where the core is our own.
+        p: Their weights, (n * H, S, S), where the core is our own; for the fused kernel logarithms of their sums, (n, H, S).
         ca: Normalised rows before CA's MLP, (n, S, D), and what they were divided by, (n, S, 1).
         ca_up: CA's hidden activations before GELU, (n, S, 2D).
         dsa: Normalised rows before the dense shift MLPs, shifted then plain, (n, S, D).

@@ -16,6 +16,8 @@ from fastskel.nn import dst_function as fn
 from fastskel.nn.attention import AttentionBackend, choose_backend, merges
 from fastskel.nn.drop_path import NO_DROPS, LayerDrops
 from fastskel.nn.dst_function import Kept, LayerSpec, Weights
+from fastskel.nn.dst_operator import dst_layer, passes
+from fastskel.nn.kernel_choice import KernelChoice, choose_kernels
 from fastskel.nn.memory import MemoryMode, check_memory, keeps_converted
 from fastskel.nn.mlp import MLP
 from fastskel.nn.plain import check_plain
@@ -107,6 +109,7 @@ class DSTLayer(MergingLayer):
         *,
         memory: MemoryMode = "lean",
         backend: AttentionBackend = "auto",
+        kernels: KernelChoice = "auto",
     ) -> Tensor:
         """Transform tokens.
 
@@ -115,21 +118,26 @@ class DSTLayer(MergingLayer):
             drops: What DropPath drops, None outside of training.
             memory: How much is kept for the backward pass: `"saved"` most, `"layer"` the input only.
             backend: Who computes attention.
+            kernels: Who computes what lies between the matrix products.
         Returns:
             Tokens, (N, S, D); under autocast in float32, as the plain residual stream is.
         Raises:
-            ValueError: On tokens of another shape or type, an unknown memory mode, or a backend that is unknown or not there.
+            ValueError: On tokens of another shape or type, an unknown memory mode, or a backend or kernels that are
+                unknown or not there.
         """
         attn = self.CA.attn
         _check_tokens(x, self.DSA.wt1.in_features, attn.embed_dim)
         check_memory(memory)
         precision = precision_of(x, attn.in_proj_weight, "DSTLayer")
+        chosen = choose_kernels(kernels, x.device, precision.compute)
         attention = choose_backend(
-            backend, attn.embed_dim, attn.num_heads, x.device, precision.compute, self.repays(x)
+            backend, attn.embed_dim, attn.num_heads, x.device, precision.compute, self.repays(x), chosen
         )
         weights = self._weights(self.merged.get(attn, attention, precision.compute))
-        spec = LayerSpec(attention, precision, self.alpha, self.gap, self.CA.norm1.eps, memory)
+        spec = LayerSpec(attention, precision, self.alpha, self.gap, self.CA.norm1.eps, memory, chosen)
         drops = NO_DROPS if drops is None else drops
+        if torch.compiler.is_compiling() and chosen == "triton":
+            return dst_layer(x, weights, drops, spec)
         out: Tensor = _Layer.apply(x, drops, spec, *weights)  # type: ignore[no-untyped-call]
         return out
 
@@ -161,7 +169,9 @@ class FrozenDSTLayer(nn.Module):
             self.register_buffer(name, value.detach().clone(), persistent=False)
 
     @torch.no_grad()
-    def forward(self, x: Tensor, drops: LayerDrops | None = None, **_: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, drops: LayerDrops | None = None, *, kernels: KernelChoice = "auto", **_: Any
+    ) -> Tensor:
         """Transform tokens (N, S, D), in the residual type; how was decided when the layer was frozen."""
         _check_tokens(x, self.num_tokens, self.width)
         if drops is not None and drops is not NO_DROPS:
@@ -169,10 +179,13 @@ class FrozenDSTLayer(nn.Module):
         weights = Weights(**{name: getattr(self, name) for name in Weights._fields})
         with without_autocast(x.device):
             # chosen where it runs, which need not be where it was made
-            attention = choose_backend(self.backend, self.width, self.num_heads, x.device, self.spec.precision.compute)
-            return fn.forward(
-                x.to(self.spec.precision.residual), weights, NO_DROPS, self.spec._replace(attention=attention)
-            )[0]
+            compute = self.spec.precision.compute
+            chosen = choose_kernels(kernels, x.device, compute)
+            attention = choose_backend(self.backend, self.width, self.num_heads, x.device, compute, kernels=chosen)
+            spec = self.spec._replace(attention=attention, kernels=chosen)
+            if torch.compiler.is_compiling() and chosen == "triton":
+                return dst_layer(x, weights, NO_DROPS, spec, prepared=True)
+            return passes(spec).forward(x.to(spec.precision.residual), weights, NO_DROPS, spec)[0]
 
 
 def _check_tokens(x: Tensor, most: int, width: int) -> None:
@@ -194,7 +207,7 @@ class _Layer(torch.autograd.Function):
     ) -> Tensor:
         with without_autocast(x.device):
             prepared = fn.prepare(Weights(*parameters), spec.precision)
-            y, xb, kept = fn.forward(x.to(spec.precision.residual), prepared, drops, spec)
+            y, xb, kept = passes(spec).forward(x.to(spec.precision.residual), prepared, drops, spec)
         if any(ctx.needs_input_grad):
             ctx.drops, ctx.spec, ctx.dtype = drops, spec, x.dtype
             if spec.memory == "layer":
@@ -215,7 +228,8 @@ class _Layer(torch.autograd.Function):
         with without_autocast(xb.device):
             prepared = Weights(*converted) if converted else fn.prepare(parameters, spec.precision)
             if kept.ca is None:
-                _, xb, kept = fn.forward(xb.to(spec.precision.residual), prepared, drops, spec._replace(memory="lean"))
-            dx, raw = fn.backward(grad, xb, kept, prepared, drops, spec, need)
+                again = spec._replace(memory="lean")
+                _, xb, kept = passes(spec).forward(xb.to(spec.precision.residual), prepared, drops, again)
+            dx, raw = passes(spec).backward(grad, xb, kept, prepared, drops, spec, need)
             grads = fn.unprepare(raw, parameters, spec.gap)
         return (dx.to(ctx.dtype), None, None, *(grads[name] if name in need else None for name in Weights._fields))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-__all__ = ["linear", "linear_grads", "matmul", "onednn_available", "relu_grad"]
+__all__ = ["linear", "linear_grads", "matmul", "onednn_available", "relu_grad", "weight_grad"]
 
 Activation = Literal["none", "relu"]
 
@@ -49,6 +49,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
     if _through_onednn(x):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
         return out
+    if activation == "relu" and bias is not None and x.is_cuda:
+        # cuBLAS rectifies what it has just summed: no pass of its own
+        rows: Tensor = torch._addmm_activation(bias, x.flatten(0, -2), weight.mT)
+        return rows.view(*x.shape[:-1], -1)
     out = F.linear(x, weight, bias)
     return out.relu_() if activation == "relu" else out
 
@@ -60,12 +64,15 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def linear_grads(grad: Tensor, x: Tensor, wide: torch.dtype, need: bool) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of weight (O, I) and bias (O,) of a linear map from its output's (.., O) and its input (.., I)."""
-    if not need:
-        return None, None
+    return (weight_grad(grad, x, wide), grad.flatten(0, -2).sum(0).to(wide)) if need else (None, None)
+
+
+def weight_grad(grad: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
+    """Return the gradient of a linear map's weight (O, I) from its output's (.., O) and its input (.., I), in type `wide`."""
     grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     # transposed operands: the operator would copy them, and in bfloat16 torch's own product loses nothing else
     weight = grad.mT @ x if x.dtype == torch.bfloat16 else matmul(grad.mT, x)
-    return weight.to(wide), grad.sum(0).to(wide)
+    return weight.to(wide)
 
 
 def relu_grad(grad: Tensor, out: Tensor) -> Tensor:

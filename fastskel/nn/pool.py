@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from fastskel.kernels.token_pool import token_pool
+from fastskel.nn.kernel_choice import KernelChoice, choose_kernels
+
 __all__ = ["token_max"]
 
 # largest count that a byte holds
@@ -33,13 +36,14 @@ class _TokenMax(torch.autograd.Function):
         return torch.where(chosen, share, 0 * share)
 
 
-def token_max(tokens: Tensor) -> Tensor:
+def token_max(tokens: Tensor, kernels: KernelChoice = "auto") -> Tensor:
     """Maximum over tokens, equal to `tokens.amax(1)` with its gradient: ties share it evenly.
 
     Autograd keeps one byte per element, where `amax` keeps its input and output. There is no second derivative.
 
     Args:
         tokens: Floating-point tokens, (N, S, D), of any strides, S at least 1.
+        kernels: Who computes; Triton's kernel keeps one bit per element.
     Returns:
         Maxima, (N, D), of the tokens' type. A column (N, :, D) that holds NaN has the maximum NaN and an all-NaN gradient,
         as under `amax`.
@@ -50,6 +54,8 @@ def token_max(tokens: Tensor) -> Tensor:
         raise ValueError(
             f"token_max: tokens must be (N, S, D) with S at least 1, got {tuple(tokens.shape)}. Put the tokens second."
         )
+    if choose_kernels(kernels, tokens.device, tokens.dtype) == "triton":
+        return token_pool(tokens)  # type: ignore[no-any-return]
     if not (torch.is_grad_enabled() and tokens.requires_grad):
         return tokens.amax(1)
     return _TokenMax.apply(tokens)  # type: ignore[no-any-return, no-untyped-call]

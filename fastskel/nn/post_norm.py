@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fastskel.nn.attention import AttentionBackend, attend, attend_backward, choose_backend, merges
 from fastskel.nn.gemm import linear, linear_grads, matmul, relu_grad
+from fastskel.nn.kernel_choice import KernelChoice, choose_kernels
 from fastskel.nn.memory import MemoryMode, check_memory, keeps_converted
 from fastskel.nn.norm import fold, normalise, normalise_grad, unfold
 from fastskel.nn.plain import check_plain
@@ -89,24 +90,34 @@ class PostNormLayer(MergingLayer):
             self.norm1.weight, self.norm1.bias, self.norm2.weight, self.norm2.bias,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, *, memory: MemoryMode = "lean", backend: AttentionBackend = "auto") -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        memory: MemoryMode = "lean",
+        backend: AttentionBackend = "auto",
+        kernels: KernelChoice = "auto",
+    ) -> Tensor:
         """Transform tokens.
 
         Args:
             x: Tokens, (N, S, D).
             memory: How much is kept for the backward pass: `"saved"` most, `"layer"` the input only.
             backend: Who computes attention.
+            kernels: Who computes what lies between the matrix products: here attention's core only.
         Returns:
             Tokens, (N, S, D); under autocast in float32.
         Raises:
-            ValueError: On tokens of another width or type, an unknown memory mode, or a backend that is unknown or not there.
+            ValueError: On tokens of another width or type, an unknown memory mode, or a backend or kernels that are
+                unknown or not there.
         """
         attn = self.self_attn
         _check_tokens(x, attn.embed_dim)
         check_memory(memory)
         precision = precision_of(x, attn.in_proj_weight, "PostNormLayer")
+        chosen = choose_kernels(kernels, x.device, precision.compute)
         attention = choose_backend(
-            backend, attn.embed_dim, attn.num_heads, x.device, precision.compute, self.repays(x)
+            backend, attn.embed_dim, attn.num_heads, x.device, precision.compute, self.repays(x), chosen
         )
         weights = self._weights(self.merged.get(attn, attention, precision.compute))
         spec = _Spec(attention, precision, self.norm1.eps, memory)
@@ -141,13 +152,15 @@ class FrozenPostNormLayer(nn.Module):
             self.register_buffer(name, value.detach().clone(), persistent=False)
 
     @torch.no_grad()
-    def forward(self, x: Tensor, **_: Any) -> Tensor:
+    def forward(self, x: Tensor, *, kernels: KernelChoice = "auto", **_: Any) -> Tensor:
         """Transform tokens (N, S, D), in the residual type; how was decided when the layer was frozen."""
         _check_tokens(x, self.width)
         weights = _Weights(**{name: getattr(self, name) for name in _Weights._fields})
         with without_autocast(x.device):
             # chosen where it runs, which need not be where it was made
-            attention = choose_backend(self.backend, self.width, self.num_heads, x.device, self.spec.precision.compute)
+            compute = self.spec.precision.compute
+            chosen = choose_kernels(kernels, x.device, compute)
+            attention = choose_backend(self.backend, self.width, self.num_heads, x.device, compute, kernels=chosen)
             return _forward(x.to(self.spec.precision.residual), weights, self.spec._replace(attention=attention))[0]
 
 
@@ -165,10 +178,17 @@ class PostNormStack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor, *, memory: MemoryMode = "lean", backend: AttentionBackend = "auto") -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        memory: MemoryMode = "lean",
+        backend: AttentionBackend = "auto",
+        kernels: KernelChoice = "auto",
+    ) -> Tensor:
         """Transform tokens (N, S, D) by all layers; arguments as the layer's."""
         for layer in self.layers:
-            x = layer(x, memory=memory, backend=backend)
+            x = layer(x, memory=memory, backend=backend, kernels=kernels)
         return x
 
     def freeze(self, dtype: torch.dtype, backend: AttentionBackend) -> PostNormStack:

@@ -38,12 +38,12 @@ class Attention(NamedTuple):
     Attributes:
         num_heads: Heads H.
         merged: Whether its projections are merged; keys and values are then the input itself.
-        core: Who computes scores and mixes values: `"own"`, `"sdpa"` or `"xformers"`.
+        core: Who computes scores and mixes values: `"own"` explicitly, `"triton"` in a fused kernel, `"sdpa"` or `"xformers"`.
     """
 
     num_heads: int
     merged: bool
-    core: Literal["own", "sdpa", "xformers"]
+    core: Literal["own", "triton", "sdpa", "xformers"]
 
 
 class Projections(NamedTuple):

@@ -95,8 +95,11 @@ class MGFD(Objective):
         pooled: list[tuple[Tensor, Tensor]] = []
         for group in groups:
             features = encoder(concat_views(group))
-            streams = (token_max(features.need(name, "MGFD")) for name in ("temporal", "spatial"))
-            y_t, y_s = (y.view(len(group), len(group[0].clips), y.shape[-1]) for y in streams)
+            streams = (features.need("temporal", "MGFD"), features.temporal_pooled), (
+                features.need("spatial", "MGFD"), features.spatial_pooled,
+            )  # fmt: skip
+            maxima = (token_max(tokens) if ready is None else ready for tokens, ready in streams)
+            y_t, y_s = (y.view(len(group), len(group[0].clips), y.shape[-1]) for y in maxima)
             pooled.append((y_t, y_s))
         z_t, z_s, z_i = self.project(*(torch.cat(parts) for parts in zip(*pooled, strict=True)))
         return {"z_t": z_t, "z_s": z_s, "z_i": z_i}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fastskel.data.batch import DrawAddress, View
 from fastskel.models import DSTE, STTR
 from fastskel.nn.attention import choose_backend
+from fastskel.train.capture import WARMUP_STEPS, CapturedStep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -47,30 +50,35 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("memory", ["saved", "lean", "layer"])
 @pytest.mark.parametrize("backend", ["fastskel", "sdpa", "math"])
 @pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("kind", [DSTE, STTR])
-def test_every_way_equals_the_host(kind, heads, backend, memory, mode, make_view):
+def test_every_way_equals_the_host(kind, kernels, heads, backend, memory, mode, make_view):
     encoder = build(kind, heads)
     expected = step(encoder.double(), addressed(make_view, torch.float64), "cpu")
-    encoder.configure(memory=memory, drop_path_mode=mode, attention_backend=backend)
+    encoder.configure(memory=memory, drop_path_mode=mode, attention_backend=backend, kernels=kernels)
     actual = step(encoder.float(), addressed(make_view, torch.float32), "cuda")
     for a, b in zip(actual, expected, strict=True):
         # fp32 sums of up to 6,000 terms; a gradient that is zero is rounding noise
         assert relative(a, b) < 1e-3 or b.norm() < 1e-9
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", [DSTE, STTR])
-def test_half_precision_is_close(kind, compute, make_view):
+def test_half_precision_is_close(kind, compute, kernels, make_view):
     encoder = build(kind)
     expected = step(encoder.double(), addressed(make_view, torch.float64), "cpu")
+    encoder.configure(kernels=kernels)
     actual = step(encoder.float(), addressed(make_view, torch.float32), "cuda", compute)
     for a, b in zip(actual[:2], expected[:2], strict=True):
         assert relative(a, b) < 2e-2
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("kind", [DSTE, STTR])
-def test_a_step_never_waits_for_the_device(kind, make_view):
+def test_a_step_never_waits_for_the_device(kind, kernels, make_view):
     encoder, view = build(kind).cuda(), addressed(make_view, torch.float32).to("cuda")
+    encoder.configure(kernels=kernels)
     for _ in range(2):
         features = encoder(view)
         features.pooled.sum().backward()
@@ -93,8 +101,55 @@ def test_xformers_serves_or_says_why(make_view):
         assert relative(a, b) < 1e-3 or b.norm() < 1e-9
 
 
-def test_inference_is_captured_into_a_graph(make_view):
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_training_is_captured_into_a_graph(kernels, make_view):
+    """Draws included: replays advance the step that they are addressed with."""
+    view = addressed(make_view, torch.float32).to("cuda")
+    weight = torch.randn(ROWS, 128, device="cuda")
+    found = []
+    for captured in (False, True):
+        encoder = build(DSTE).cuda()
+        encoder.configure(drop_path_mode="mask", kernels=kernels)
+        optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3, capturable=True)
+        counter = torch.zeros((), dtype=torch.int64, device="cuda")
+        address = DrawAddress(3, counter, torch.arange(ROWS).cuda(), torch.zeros(ROWS, dtype=torch.int64).cuda())
+        at = replace(view, address=address)
+
+        def update(encoder=encoder, optimizer=optimizer, at=at) -> torch.Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            loss = (encoder(at).pooled * weight).sum()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        losses = []
+        call = CapturedStep(update, counter, torch.device("cuda")) if captured else update
+        for _ in range(2 if captured else WARMUP_STEPS + 2):
+            losses.append(float(call()))
+            if not captured:
+                counter.add_(1)
+        found.append((losses[-2:], [p.detach().double().cpu() for p in encoder.parameters()]))
+    (expected, parameters), (actual, replayed) = found
+    assert actual == pytest.approx(expected, rel=1e-3)
+    assert all(relative(a, b) < 1e-3 for a, b in zip(replayed, parameters, strict=True))
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.filterwarnings("ignore")
+def test_training_is_compiled_into_one_graph(kernels, make_view):
+    encoder, view = build(DSTE).cuda(), addressed(make_view, torch.float32).to("cuda")
+    encoder.configure(drop_path_mode="mask", kernels=kernels)
+    expected = encoder(view).pooled
+    torch.compiler.reset()
+    actual = torch.compile(encoder, fullgraph=True)(view).pooled
+    actual.sum().backward()
+    assert relative(actual.detach().double().cpu(), expected.detach().double().cpu()) < 1e-4
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_inference_is_captured_into_a_graph(kernels, make_view):
     encoder, view = build(DSTE).cuda().eval(), addressed(make_view, torch.float32).to("cuda")
+    encoder.configure(kernels=kernels)
     expected = encoder(view).pooled.detach()
     prepared = encoder.optimize_for_inference()
     with torch.inference_mode():
