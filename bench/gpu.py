@@ -28,8 +28,9 @@ from fastskel.provenance import provenance
 
 __all__ = ["PARTS", "main"]
 
-PARTS = ("environment", "peak", "tests", "kernels", "step", "encoder")
-LIMITS_S = {"environment": 20, "peak": 60, "tests": 120, "kernels": 90, "step": 60, "encoder": 60}
+PARTS = ("environment", "peak", "tests", "kernels", "training", "step", "encoder")
+# tests and benchmarks of kernels compile them first; the parts of one call share TOTAL_S
+LIMITS_S = {"environment": 20, "peak": 60, "tests": 330, "kernels": 170, "training": 240, "step": 60, "encoder": 60}
 TOTAL_S = 580
 # a part given less than this cannot even import torch
 LEAST_S = 10
@@ -118,15 +119,18 @@ def _kernels_part(child: Child, out: Path, quick: bool) -> Outcome:
     return Outcome(results, "" if results and not status else _failure(status, output))
 
 
-def _encoder_part(child: Child, out: Path, arguments: list[str]) -> Outcome:
-    """Compare the encoder with the plain reference; every provider becomes a row."""
-    scratch = out / "logs" / "encoder.jsonl"
+def _rows_part(child: Child, out: Path, name: str, arguments: list[str]) -> Outcome:
+    """Run a comparison of providers, encoder or training; every provider becomes a row."""
+    scratch = out / "logs" / f"{name}.jsonl"
     scratch.unlink(missing_ok=True)
-    status, output = child.run("-m", "fastskel.bench.encoder", "--out", str(scratch), *arguments)
+    status, output = child.run("-m", f"fastskel.bench.{name}", "--out", str(scratch), *arguments)
     rows = [json.loads(line) for line in scratch.read_text().splitlines()] if scratch.is_file() else []
     shared = ("device", "versions", "commit", "date", "part")
     results = [
-        (f"{row['part']} {row['case']} {row['provider']}", {k: v for k, v in row.items() if k not in shared and k != "case"})
+        (
+            " ".join(str(row[key]) for key in ("part", "case", "provider") if key in row),
+            {k: v for k, v in row.items() if k not in (*shared, "case")},
+        )
         for row in rows
     ]
     return Outcome(results, "" if results and not status else _failure(status, output))
@@ -170,6 +174,8 @@ def _jobs(given: argparse.Namespace, device: str) -> list[tuple[str, str, Callab
         ("tests", "pytest -m gpu", lambda child: _tests_part(child, given.out)),
         ("kernels", "bench/kernels", lambda child: _kernels_part(child, given.out, given.quick)),
     ]
+    arguments = [*on, *quick, *(["--kernels", *given.kernels] if given.kernels else [])]
+    jobs.append(("training", "dste", lambda child, a=arguments: _rows_part(child, given.out, "training", a)))  # type: ignore[misc]
     size = ["--batch-size", str(given.batch_size)] if given.batch_size else []
     for recipe in given.recipes:
         for precision in given.precisions:
@@ -180,7 +186,7 @@ def _jobs(given: argparse.Namespace, device: str) -> list[tuple[str, str, Callab
             )
     for encoder in ("dste", "sttr"):
         arguments = ["--encoder", encoder, *on, *quick, "--batch", "8" if given.quick else "356"]
-        jobs.append(("encoder", encoder, lambda child, a=arguments: _encoder_part(child, given.out, a)))  # type: ignore[misc]
+        jobs.append(("encoder", encoder, lambda child, a=arguments: _rows_part(child, given.out, "encoder", a)))  # type: ignore[misc]
     return [job for job in jobs if job[0] in given.parts]
 
 
@@ -190,6 +196,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--recipes", nargs="+", choices=STEP_RECIPES, default=STEP_RECIPES, help="of the step part")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of the step part")
+    parser.add_argument("--kernels", nargs="+", help="of the training part: torch, triton; on a GPU both by default")
     parser.add_argument("--batch-size", type=int, help="of the step part; the recipe's 356 by default")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for rehearsals")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
