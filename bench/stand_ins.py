@@ -136,11 +136,13 @@ def kernels_stood_in(counter: Counter) -> Iterator[None]:
             "mlp_residual_backward", "dense_shift_forward", "dense_shift_backward",
         ),
         "fastskel.nn.attention": ("attention_forward", "attention_backward"),
+        "fastskel.nn.embed": ("layer_norm_forward", "layer_norm_backward"),
         "fastskel.models.backbone": ("token_max",),
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for module, functions in names.items():
             for function in functions:
                 stack.enter_context(mock.patch(f"{module}.{function}", getattr(own, function)))
-        stack.enter_context(mock.patch("fastskel.nn.dst_layer.choose_kernels", return_value="triton"))
+        for module in ("dst_layer", "embed"):
+            stack.enter_context(mock.patch(f"fastskel.nn.{module}.choose_kernels", return_value="triton"))
         yield

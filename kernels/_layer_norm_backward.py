@@ -1,4 +1,4 @@
-r"""Backward pass of layer normalisation, and what both passes share: see `layer_norm`.
+r"""Backward pass of layer normalisation: see `layer_norm`.
 
     dr = rstd (g - mean(g) - xhat mean(g xhat)),  g = d_out weight,  d_weight = sum d_out xhat,  d_bias = sum d_out,
     into = carry_scale carry + dr,  d_branch = scale factor dr (or of `into`), zero where a ReLU was.
@@ -9,89 +9,33 @@ Bytes moved: see `layer_norm_backward_cost`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastskel.kernels._backend import OPTIONS, CompileCase, Cost, device_of, jit, num_processors, tl
+from fastskel.kernels._backend import CompileCase, Cost, jit, num_processors, tl
+from fastskel.kernels._layer_norm_rows import (
+    PROGRAMS,
+    block_offsets,
+    check_written,
+    coefficient,
+    compile_case,
+    launch,
+    load_block,
+    nbytes,
+    optional,
+    residual_block,
+    row_mask,
+    slot_of,
+    tile_of,
+)
 from fastskel.kernels.reference.layer_norm import TermGrad
 from torch import Tensor
 
-__all__ = [
-    "block_offsets",
-    "check_written",
-    "compile_case",
-    "launch",
-    "layer_norm_backward",
-    "layer_norm_backward_cost",
-    "load_block",
-    "nbytes",
-    "optional",
-    "residual_block",
-    "row_mask",
-    "slot_of",
-    "tile_of",
-]
+__all__ = ["layer_norm_backward", "layer_norm_backward_cost"]
 
-# numbers of one program's tile where rows are short
-TILE = 1024
-# programs of one multiprocessor: some times what it holds, so that none is waited for; and, where each of them keeps and writes
-# partial sums, what it holds at 80 registers a thread
-PROGRAMS = 32
+# programs of one multiprocessor where each keeps and writes partial sums: what it holds at 80 registers a thread
 AFFINE_PROGRAMS = 3
-# nothing to pipeline without matrix products
-STAGES = 1
-TRITON_TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
-    float: "fp32", int: "i32"}  # fmt: skip
-
-
-@jit()
-def load_block(p_values, o_values, m_values):
-    return tl.load(p_values + o_values, mask=m_values, other=0.0).to(tl.float32)
-
-
-@jit()
-def slot_of(p_slots, i_n):
-    slot = i_n
-    if p_slots is not None:
-        slot = tl.load(p_slots + i_n).to(tl.int64)
-    return slot
-
-
-@jit()
-def row_mask(i_s, wanted, num_tokens):
-    # a sample that is left out has no tokens
-    return i_s < tl.where(wanted, num_tokens, 0)
-
-
-@jit()
-def block_offsets(i_n, i_s, i_d, num_tokens, D: tl.constexpr):
-    return (i_n * num_tokens + i_s)[:, None] * D + i_d[None, :]
-
-
-@jit()
-def _coefficient(p_factor, scale, slot, i_n):
-    coefficient = scale
-    if p_factor is not None:
-        coefficient = scale * tl.load(p_factor + i_n).to(tl.float32)
-    # a sample that the branch leaves out adds nothing, even where its factor is infinite
-    return tl.where(slot >= 0, coefficient, 0.0)
-
-
-@jit()
-def residual_block(
-    p_base, p_branch, p_branch_slots, p_factor, scale, wanted, i_n, i_s, i_d, m_d, num_tokens, D: tl.constexpr
-):
-    m_base = row_mask(i_s, wanted, num_tokens)[:, None] & m_d[None, :]
-    r = load_block(p_base, block_offsets(i_n, i_s, i_d, num_tokens, D), m_base)
-    if p_branch is not None:
-        slot = slot_of(p_branch_slots, i_n)
-        m_branch = row_mask(i_s, wanted & (slot >= 0), num_tokens)[:, None] & m_d[None, :]
-        branch = load_block(p_branch, block_offsets(slot, i_s, i_d, num_tokens, D), m_branch)
-        r += _coefficient(p_factor, scale, slot, i_n) * branch
-    return r
-
 
 @jit()
 def _load_grad(
@@ -116,6 +60,14 @@ def _load_grad(
 
 
 @jit()
+def _rectified_grad(grad, xhat, b_weight, p_bias, i_d, m_d):
+    b_bias = 0.0
+    if p_bias is not None:
+        b_bias = load_block(p_bias, i_d, m_d)[None, :]
+    return tl.where(xhat * b_weight + b_bias <= 0.0, 0.0, grad)
+
+
+@jit()
 def _row_grad(grad, xhat, rstd, b_weight, D: tl.constexpr):
     g = grad * b_weight
     mean_g = tl.sum(g, 1) / D
@@ -131,7 +83,7 @@ def _store_branch(
     slot = slot_of(p_branch_slots, i_n)
     o_branch = block_offsets(slot, i_s, i_d, num_tokens, D)
     m_branch = row_mask(i_s, slot >= 0, num_tokens)[:, None] & m_d[None, :]
-    value = _coefficient(p_factor, scale, slot, i_n) * seen
+    value = coefficient(p_factor, scale, slot, i_n) * seen
     if RELU_MASK:
         value = tl.where(load_block(p_branch, o_branch, m_branch) <= 0.0, 0.0, value)
     tl.store(p_d_branch + o_branch, value.to(p_d_branch.dtype.element_ty), mask=m_branch)
@@ -146,10 +98,12 @@ def _store_partial(p_partial, d_weight, d_bias, i_d, m_d, D: tl.constexpr):
 
 @jit(do_not_specialize=["size", "num_tokens"])
 def _layer_norm_backward_kernel(
-    p_grad1, p_out_slots1, p_xhat1, p_base1, p_branch1, p_branch_slots1, p_factor1, p_mean1, p_rstd1, p_weight1,
+    p_grad1, p_out_slots1, p_xhat1, p_base1, p_branch1, p_branch_slots1, p_factor1, p_mean1, p_rstd1, p_weight1, p_bias1,
     p_carry1, p_into1, p_d_branch1, p_partial1, scale1, carry_scale1, SEES_CARRY1: tl.constexpr, RELU_MASK1: tl.constexpr,
-    p_grad2, p_out_slots2, p_xhat2, p_base2, p_branch2, p_branch_slots2, p_factor2, p_mean2, p_rstd2, p_weight2,
+    RELU1: tl.constexpr,
+    p_grad2, p_out_slots2, p_xhat2, p_base2, p_branch2, p_branch_slots2, p_factor2, p_mean2, p_rstd2, p_weight2, p_bias2,
     p_carry2, p_into2, p_d_branch2, p_partial2, scale2, carry_scale2, SEES_CARRY2: tl.constexpr, RELU_MASK2: tl.constexpr,
+    RELU2: tl.constexpr,
     size, num_tokens, IN_PLACE: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # without p_into2, a second term adds to the first one's; IN_PLACE: rows without a gradient keep what they hold
@@ -197,6 +151,8 @@ def _layer_norm_backward_kernel(
                 )  # fmt: skip
                 if p_carry2 is not None:
                     carry2 = carry_scale2 * load_block(p_carry2, o_sd, m_sd)
+            if RELU1:
+                grad1 = _rectified_grad(grad1, xhat1, b_weight1, p_bias1, i_d, m_d)
             if p_weight1 is not None:
                 d_weight1 += grad1 * xhat1
                 d_bias1 += grad1
@@ -210,6 +166,8 @@ def _layer_norm_backward_kernel(
                     m_d, num_tokens, D, RELU_MASK1,
                 )  # fmt: skip
             if p_grad2 is not None:
+                if RELU2:
+                    grad2 = _rectified_grad(grad2, xhat2, b_weight2, p_bias2, i_d, m_d)
                 if p_weight2 is not None:
                     d_weight2 += grad2 * xhat2
                     d_bias2 += grad2
@@ -231,45 +189,6 @@ def _layer_norm_backward_kernel(
         _store_partial(p_partial1, d_weight1, d_bias1, i_d, m_d, D)
     if p_weight2 is not None:
         _store_partial(p_partial2, d_weight2, d_bias2, i_d, m_d, D)
-
-
-
-def tile_of(num_tokens: int, width: int) -> dict[str, int]:
-    """Choose the tile of one program for (N, S, D): tokens of a sample, in whole rows."""
-    block_d = 1 << (width - 1).bit_length()
-    block_s = max(1, min(TILE // block_d, 1 << (num_tokens - 1).bit_length()))
-    return {"D": width, "BLOCK_S": block_s, "BLOCK_D": block_d}
-
-
-def _num_warps(width: int) -> int:
-    # four numbers a thread: 16 bytes of an fp32 residual stream, and the same layout for every type
-    return 8 if width <= TILE else 16
-
-
-def launch(kernel: Any, arguments: Mapping[str, Any], programs: int) -> None:
-    """Launch one of the two kernels; nothing for no samples."""
-    items = arguments["size"] * -(-arguments["num_tokens"] // arguments["BLOCK_S"])
-    if items:
-        with device_of(arguments["p_rstd1"]):
-            kernel[(min(items, programs),)](**arguments, num_warps=_num_warps(arguments["D"]), num_stages=STAGES, **OPTIONS)
-
-
-def optional(tensor: Tensor | None) -> Tensor | None:
-    """Make what is read contiguous, if there is anything."""
-    return None if tensor is None else tensor.contiguous()
-
-
-def check_written(function: str, **written: Tensor | None) -> None:
-    """Refuse to write to what is not contiguous.
-
-    Raises:
-        ValueError: If a tensor is not.
-    """
-    for argument, tensor in written.items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(
-                f"{function}: {argument} must be contiguous, got strides {tensor.stride()}. Allocate it contiguously."
-            )
 
 
 def _same(tensor: Tensor, other: Tensor | None) -> bool:
@@ -298,9 +217,11 @@ def _arguments(terms: Sequence[TermGrad], partials: Sequence[Tensor | None]) -> 
             p_grad=t.grad.contiguous(), p_out_slots=optional(t.out_slots), p_xhat=optional(t.xhat),
             p_base=optional(t.base) if again else None, p_branch=optional(t.branch) if again or t.relu_mask else None,
             p_branch_slots=optional(t.branch_slots), p_factor=optional(t.factor), p_mean=optional(t.mean) if again else None,
-            p_rstd=t.rstd.contiguous(), p_weight=optional(t.weight), p_carry=optional(t.carry),
+            p_rstd=t.rstd.contiguous(), p_weight=optional(t.weight), p_bias=optional(t.bias) if t.relu else None,
+            p_carry=optional(t.carry),
             p_into=None if shared else t.into, p_d_branch=t.d_branch, p_partial=partial,
             scale=float(t.scale), carry_scale=float(t.carry_scale), SEES_CARRY=t.branch_sees_carry, RELU_MASK=t.relu_mask,
+            RELU=t.relu,
         )  # fmt: skip
         arguments.update({f"{name}{number}": value for name, value in values.items()})
     if len(terms) == 1:
@@ -356,11 +277,6 @@ def layer_norm_backward(
     return [None if total is None else (total[0], total[1]) for total in sums]
 
 
-def nbytes(*tensors: Tensor | None) -> int:
-    """Add up the bytes of tensors, of which some may be None."""
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
 def layer_norm_backward_cost(terms: Sequence[TermGrad]) -> Cost:
     """Count what `layer_norm_backward` reads and writes at least; of meta tensors too."""
     count, in_place = 0.0, _in_place(terms)
@@ -377,19 +293,6 @@ def layer_norm_backward_cost(terms: Sequence[TermGrad]) -> Cost:
         if t is terms[0] or not _same(terms[0].into, t.into):
             count += (share if in_place else 1.0) * nbytes(t.carry, t.into)
     return Cost(0, round(count))
-
-
-def compile_case(label: str, kernel: Any, arguments: Mapping[str, Any], cost: Cost, hot: bool) -> CompileCase:
-    """Describe a launch with meta tensors as a case of offline compilation."""
-    # what the kernels take as constexprs has a name in capitals
-    constexprs = {name: value for name, value in arguments.items() if value is None or name.isupper()}
-    signature = {
-        name: TRITON_TYPES[value.dtype if isinstance(value, Tensor) else type(value)]
-        for name, value in arguments.items()
-        if name not in constexprs
-    }
-    warps = _num_warps(constexprs["D"])
-    return CompileCase(label, kernel, signature, constexprs, num_warps=warps, num_stages=STAGES, cost=cost, hot=hot)
 
 
 def _cases() -> list[CompileCase]:
@@ -423,6 +326,10 @@ def _cases() -> list[CompileCase]:
     plain = saved(half, single, False, **affine, into=conv.into, carry=None, d_branch=None, branch_slots=None)
     streams = [saved(half, single, False, carry_scale=0.25, branch_sees_carry=True) for _ in range(2)]
     one = [in_place(saved(half, single, False))]
+    embedding = TermGrad(
+        meta(size, half), torch.empty(size, tokens, device="meta"), meta(size, half), base=meta(size, half), relu=True,
+        mean=torch.empty(size, tokens, device="meta"), weight=affine["weight"], bias=affine["weight"],
+    )  # fmt: skip
     uses = {
         "before the attentions, bf16": ([conv, plain], True),
         "after CA's attention, bf16": (one, True),
@@ -430,6 +337,7 @@ def _cases() -> list[CompileCase]:
         "after the dense shift's attentions, bf16, masked": (
             [saved(half, single, True, carry_scale=0.25, branch_sees_carry=True) for _ in range(2)], False
         ),
+        "embedding, bf16": ([embedding], True),
         "after CA's attention, fp32": ([in_place(saved(single, single, False))], False),
         "after CA's attention, fp16": ([in_place(saved(torch.float16, single, False))], False),
     }  # fmt: skip

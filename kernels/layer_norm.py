@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from fastskel.kernels._backend import INTERPRETED, CompileCase, Cost, cpu_kernel, jit, num_processors, tl
-from fastskel.kernels._layer_norm_backward import (
+from fastskel.kernels._layer_norm_backward import layer_norm_backward, layer_norm_backward_cost
+from fastskel.kernels._layer_norm_rows import (
     PROGRAMS,
     block_offsets,
     check_written,
     compile_case,
     launch,
-    layer_norm_backward,
-    layer_norm_backward_cost,
     load_block,
     nbytes,
     optional,
@@ -119,7 +118,9 @@ def _check(
 
 
 @jit()
-def _normalise(r, b_weight, b_bias, p_out, p_mean, p_rstd, slot, i_s, i_d, m_d, num_tokens, eps, D: tl.constexpr):
+def _normalise(
+    r, b_weight, b_bias, p_out, p_mean, p_rstd, slot, i_s, i_d, m_d, num_tokens, eps, D: tl.constexpr, RELU: tl.constexpr
+):
     mean = tl.sum(r, 1) / D
     centred = tl.where(m_d[None, :], r - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
@@ -127,6 +128,9 @@ def _normalise(r, b_weight, b_bias, p_out, p_mean, p_rstd, slot, i_s, i_d, m_d, 
     tl.store(p_mean + slot * num_tokens + i_s, mean, mask=m_out)
     tl.store(p_rstd + slot * num_tokens + i_s, rstd, mask=m_out)
     value = centred * rstd[:, None] * b_weight + b_bias
+    if RELU:
+        # NaN passes
+        value = tl.where(value <= 0.0, 0.0, value)
     o_out = block_offsets(slot, i_s, i_d, num_tokens, D)
     tl.store(p_out + o_out, value.to(p_out.dtype.element_ty), mask=m_out[:, None] & m_d[None, :])
 
@@ -135,7 +139,9 @@ def _normalise(r, b_weight, b_bias, p_out, p_mean, p_rstd, slot, i_s, i_d, m_d, 
 @jit(do_not_specialize=["size", "num_tokens"])
 def _layer_norm_forward_kernel(
     p_base1, p_branch1, p_branch_slots1, p_factor1, p_weight1, p_bias1, p_out1, p_out_slots1, p_mean1, p_rstd1, scale1,
+    RELU1: tl.constexpr,
     p_base2, p_branch2, p_branch_slots2, p_factor2, p_weight2, p_bias2, p_out2, p_out_slots2, p_mean2, p_rstd2, scale2,
+    RELU2: tl.constexpr,
     p_total, total_scale, eps, size, num_tokens, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     num_blocks = tl.cdiv(num_tokens, BLOCK_S)
@@ -178,11 +184,11 @@ def _layer_norm_forward_kernel(
                 o_total = block_offsets(i_n, i_s, i_d, num_tokens, D)
                 tl.store(p_total + o_total, (total_scale * total).to(p_total.dtype.element_ty), mask=m_total)
             _normalise(
-                r1, b_weight1, b_bias1, p_out1, p_mean1, p_rstd1, slot1, i_s, i_d, m_d, num_tokens, eps, D
+                r1, b_weight1, b_bias1, p_out1, p_mean1, p_rstd1, slot1, i_s, i_d, m_d, num_tokens, eps, D, RELU1
             )
             if p_out2 is not None:
                 _normalise(
-                    r2, b_weight2, b_bias2, p_out2, p_mean2, p_rstd2, slot2, i_s, i_d, m_d, num_tokens, eps, D
+                    r2, b_weight2, b_bias2, p_out2, p_mean2, p_rstd2, slot2, i_s, i_d, m_d, num_tokens, eps, D, RELU2
                 )
 
 
@@ -194,7 +200,7 @@ def _arguments(
         values = dict(
             p_base=t.base.contiguous(), p_branch=optional(t.branch), p_branch_slots=optional(t.branch_slots),
             p_factor=optional(t.factor), p_weight=optional(t.weight), p_bias=optional(t.bias), p_out=t.out,
-            p_out_slots=optional(t.out_slots), p_mean=mean, p_rstd=rstd, scale=float(t.scale),
+            p_out_slots=optional(t.out_slots), p_mean=mean, p_rstd=rstd, scale=float(t.scale), RELU=t.relu,
         )  # fmt: skip
         arguments.update({f"{name}{number}": value for name, value in values.items()})
     if len(terms) == 1:
@@ -270,6 +276,9 @@ def _cases() -> list[CompileCase]:
         "after the dense shift's attentions, bf16": (streams, 0.25, True),
         "after the dense shift's attentions, bf16, masked": (
             [masked, masked._replace(base=meta(size, tokens, width))], 0.25, False
+        ),
+        "embedding, bf16": (
+            [Term(meta(size, tokens, width, dtype=half), whole, **affine, relu=True)], None, True
         ),
         "after CA's attention, fp32": ([term(single)], None, False),
         "after CA's attention, fp16": ([term(torch.float16)], None, False),

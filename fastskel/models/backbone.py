@@ -197,7 +197,7 @@ class USDRLBackbone(Encoder):
                 f"{type(self).__name__}: tokens must be (N, T, {expected[0][2]}) and (N, {expected[1][1]}, T*{channels}) "
                 f"with T in 1..{frames}, got {tuple(temporal.shape)} and {tuple(spatial.shape)}. Cut both from the same clips."
             )
-        temporal, spatial = self.ske_emb(temporal, spatial)
+        temporal, spatial = self.ske_emb(temporal, spatial, kernels=self.kernels)
         return self.transform(temporal, spatial, view)
 
     @abc.abstractmethod

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastskel.kernels.layer_norm import Term, TermGrad, layer_norm_backward, layer_norm_forward
 from fastskel.nn.attention import AttentionBackend
 from fastskel.nn.gemm import linear, linear_grads, matmul, relu_grad
+from fastskel.nn.kernel_choice import KernelChoice, Kernels, choose_kernels
 from fastskel.nn.plain import check_plain
 from fastskel.nn.precision import Precision, precision_of, without_autocast
 
@@ -39,16 +41,19 @@ class SkeletonEmbedding(nn.Module):
         """Prepare both networks, of tokens (N, S, I), for inference in a type, apart from their parameters."""
         return FrozenEmbedding(self, dtype)
 
-    def forward(self, temporal: Tensor, spatial: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, temporal: Tensor, spatial: Tensor, *, kernels: KernelChoice = "auto"
+    ) -> tuple[Tensor, Tensor]:
         """Embed tokens.
 
         Args:
             temporal: One token per frame, (N, T, M*V*C).
             spatial: One token per joint and body, (N, M*V, T*C); fewer frames than configured use the leading weights.
+            kernels: Who computes what lies between the matrix products.
         Returns:
             Embedded tokens, (N, T, D) and (N, M*V, D).
         """
-        return embed(temporal, self.t_embedding), embed(spatial, self.s_embedding)
+        return embed(temporal, self.t_embedding, kernels), embed(spatial, self.s_embedding, kernels)
 
 
 class FrozenEmbedding(nn.Module):
@@ -70,24 +75,33 @@ class FrozenEmbedding(nn.Module):
                 self.register_buffer(f"{kind}_{name}", value.detach().clone(), persistent=False)
 
     @torch.no_grad()
-    def forward(self, temporal: Tensor, spatial: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, temporal: Tensor, spatial: Tensor, *, kernels: KernelChoice = "auto"
+    ) -> tuple[Tensor, Tensor]:
         """Embed tokens (N, T, M*V*C) and (N, M*V, T*C) to (N, T, D) and (N, M*V, D)."""
-        out = []
+        out, chosen = [], _choose(kernels, temporal, self.precision)
         for kind, tokens in (("t", temporal), ("s", spatial)):
             weights = _Weights(**{name: getattr(self, f"{kind}_{name}") for name in _Weights._fields})
             with without_autocast(tokens.device):
-                out.append(_forward(tokens.to(self.precision.compute), weights, self.eps, self.precision)[0])
+                out.append(_forward(tokens.to(self.precision.compute), weights, self.eps, self.precision, chosen)[0])
         return out[0], out[1]
 
 
-def embed(tokens: Tensor, branch: nn.Sequential) -> Tensor:
+def _choose(kernels: KernelChoice, tokens: Tensor, precision: Precision) -> Kernels:
+    """Decide who computes over (N, S, D); a compiler sees torch's operators, which it fuses itself."""
+    chosen = choose_kernels(kernels, tokens.device, precision.compute)
+    return "torch" if torch.compiler.is_compiling() else chosen
+
+
+def embed(tokens: Tensor, branch: nn.Sequential, kernels: KernelChoice = "auto") -> Tensor:
     """Run Linear, LayerNorm, ReLU and Linear over tokens (N, S, I), giving (N, S, D), as one autograd node.
 
     Features may be fewer than the first linear takes: they are its leading ones, the rest counts as zero.
     """
     weights = _parameters(branch)
     precision = precision_of(tokens, weights.first, "embed")
-    out: Tensor = _Embed.apply(tokens, precision, branch[1].eps, *weights)  # type: ignore[no-untyped-call]
+    chosen = _choose(kernels, tokens, precision)
+    out: Tensor = _Embed.apply(tokens, precision, branch[1].eps, chosen, *weights)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -112,28 +126,56 @@ def _prepare(w: _Weights, precision: Precision) -> _Weights:
     return _Weights(**cast)
 
 
-def _rectified(h: Tensor, w: _Weights, eps: float, precision: Precision) -> tuple[Tensor, Tensor, Tensor]:
+def _rectified(
+    h: Tensor, w: _Weights, eps: float, precision: Precision, kernels: Kernels
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise and rectify (N, S, D); in the compute type by a fused kernel, in the residual type by torch."""
+    if kernels == "triton":
+        z = torch.empty_like(h)
+        [(mean, rstd)], _ = layer_norm_forward([Term(h, z, weight=w.norm, bias=w.norm_bias, relu=True)], eps)
+        return z, mean, rstd
     out, mean, rstd = torch.native_layer_norm(h.to(precision.residual), h.shape[-1:], w.norm, w.norm_bias, eps)
     return out.relu_(), mean, rstd
 
 
-def _forward(xb: Tensor, w: _Weights, eps: float, precision: Precision) -> tuple[Tensor, Tensor]:
+def _rectified_grad(
+    grad: Tensor, rectified: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, w: _Weights, precision: Precision,
+    kernels: Kernels,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradient of h (N, S, D) in the compute type, and of the normalisation's weight and bias."""
+    if kernels == "triton":
+        dh = torch.empty_like(h)
+        term = TermGrad(grad, rstd, dh, mean=mean, base=h, weight=w.norm, bias=w.norm_bias, relu=True)
+        [(d_norm, d_norm_bias)] = layer_norm_backward([term])
+        return dh, d_norm, d_norm_bias
+    dh, d_norm, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
+        relu_grad(grad.to(precision.residual), rectified), h.to(precision.residual), h.shape[-1:], mean, rstd,
+        w.norm, w.norm_bias, [True] * 3,
+    )  # fmt: skip
+    return dh.to(precision.compute), d_norm, d_norm_bias
+
+
+def _forward(
+    xb: Tensor, w: _Weights, eps: float, precision: Precision, kernels: Kernels
+) -> tuple[Tensor, Tensor]:
     """Return the embedded tokens, and the output of the first linear."""
     # frames run slowest in a spatial token, so a shorter clip is the leading slice of the weight: absent frames are 0
     h = linear(xb, w.first[:, : xb.shape[-1]], w.first_bias)
-    return linear(_rectified(h, w, eps, precision)[0].to(precision.compute), w.last, w.last_bias), h
+    return linear(_rectified(h, w, eps, precision, kernels)[0].to(precision.compute), w.last, w.last_bias), h
 
 
 class _Embed(torch.autograd.Function):
     """Keeps the tokens and the first linear's output; normalised and rectified again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, precision: Precision, eps: float, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, precision: Precision, eps: float, kernels: Kernels, *parameters: Tensor
+    ) -> Tensor:
         with without_autocast(x.device):
             xb = x.to(precision.compute)
-            out, h = _forward(xb, _prepare(_Weights(*parameters), precision), eps, precision)
+            out, h = _forward(xb, _prepare(_Weights(*parameters), precision), eps, precision, kernels)
         if any(ctx.needs_input_grad):
-            ctx.precision, ctx.eps, ctx.dtype = precision, eps, x.dtype
+            ctx.precision, ctx.eps, ctx.kernels, ctx.dtype = precision, eps, kernels, x.dtype
             ctx.save_for_backward(xb, h, *parameters)
         return out
 
@@ -141,25 +183,23 @@ class _Embed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         xb, h, *parameters = ctx.saved_tensors
-        compute, residual, wide = ctx.precision
-        need_x, _, _, *need = ctx.needs_input_grad
+        compute, _, wide = ctx.precision
+        need_x, _, _, _, *need = ctx.needs_input_grad
         with without_autocast(xb.device):
             w = _prepare(_Weights(*parameters), ctx.precision)
-            rectified, mean, rstd = _rectified(h, w, ctx.eps, ctx.precision)
+            rectified, mean, rstd = _rectified(h, w, ctx.eps, ctx.precision, ctx.kernels)
             g = grad.to(compute)
             d_last = linear_grads(g, rectified.to(compute), wide, need[4] or need[5])
-            dh = relu_grad(matmul(g, w.last).to(residual), rectified)
-            dh, d_norm, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
-                dh, h.to(residual), h.shape[-1:], mean, rstd, w.norm, w.norm_bias, [True] * 3
+            dh, d_norm, d_norm_bias = _rectified_grad(
+                matmul(g, w.last), rectified, h, mean, rstd, w, ctx.precision, ctx.kernels
             )
-            dh = dh.to(compute)
             d_first, d_first_bias = linear_grads(dh, xb, wide, need[0] or need[1])
             if d_first is not None:
                 d_first = F.pad(d_first, (0, parameters[0].shape[1] - d_first.shape[1]))
             dx = matmul(dh, w.first[:, : xb.shape[-1]]).to(ctx.dtype) if need_x else None
         grads = (d_first, d_first_bias, d_norm, d_norm_bias, *d_last)
         wanted = [g.to(parameters[0].dtype) if n and g is not None else None for g, n in zip(grads, need, strict=True)]
-        return (dx, None, None, *wanted)
+        return (dx, None, None, None, *wanted)
 
 
 class PositionalEncoding(nn.Module):

@@ -27,6 +27,7 @@ class Term(NamedTuple):
         factor: Multiplies each sample's branch too, (N,), fp32, or None.
         weight: Of the affine part, (D,), or None.
         bias: Likewise.
+        relu: Whether what is written to `out` is rectified.
     """
 
     base: Tensor
@@ -38,6 +39,7 @@ class Term(NamedTuple):
     factor: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    relu: bool = False
 
 
 class TermGrad(NamedTuple):
@@ -57,6 +59,8 @@ class TermGrad(NamedTuple):
         scale: As in the term.
         factor: Likewise.
         weight: Likewise; with one, the gradients of weight and bias are returned.
+        bias: Likewise; read where `relu` is set only.
+        relu: As in the term; `grad` is that of the rectified rows, which are made again and need a weight.
         carry: Gradient of r from elsewhere, (N, S, D), or None.
         carry_scale: Multiplies it.
         d_branch: Compact; receives scale * factor * dr, or None.
@@ -81,6 +85,8 @@ class TermGrad(NamedTuple):
     d_branch: Tensor | None = None
     branch_sees_carry: bool = False
     relu_mask: bool = False
+    bias: Tensor | None = None
+    relu: bool = False
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -140,6 +146,8 @@ def layer_norm_forward(
             value = value * term.weight.to(r.dtype)
         if term.bias is not None:
             value = value + term.bias.to(r.dtype)
+        if term.relu:
+            value = value.relu()
         term.out.index_copy_(0, places, value.to(term.out.dtype))
         blank = r.new_zeros(term.out.shape[:2])
         statistics.append((blank.index_copy(0, places, mean[..., 0]), blank.index_copy(0, places, rstd[..., 0])))
@@ -167,6 +175,10 @@ def layer_norm_backward(terms: Sequence[TermGrad]) -> list[tuple[Tensor, Tensor]
             xhat = (_residual(term)[samples].to(dtype) - term.mean[places].to(dtype)[..., None]) * rstd
         else:
             xhat = term.xhat[places].to(dtype)
+        if term.relu:
+            assert term.weight is not None
+            value = xhat * term.weight.to(dtype) + (0.0 if term.bias is None else term.bias.to(dtype))
+            grad = torch.where(value <= 0, 0.0, grad)
         g = grad if term.weight is None else grad * term.weight.to(dtype)
         dr = rstd * (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True))
         d_rows = torch.zeros_like(term.into, dtype=dtype).index_copy(0, samples, dr)

@@ -21,10 +21,12 @@ from fastskel.kernels import (
 )
 from torch import Tensor, nn
 
+from fastskel.data.batch import View
 from fastskel.models import DSTE
 from fastskel.nn import dst_function, dst_fused
 from fastskel.nn.drop_path import NUM_DROP_PATHS, LayerDrops, masked_drops, skipped_drops
 from fastskel.nn.dst_layer import DSTLayer
+from fastskel.skeleton import Topology
 
 RATE = 0.25
 HALF = (torch.bfloat16, torch.float16)
@@ -170,6 +172,28 @@ def encoders(device: torch.device, **options: object) -> tuple[DSTE, DSTE]:
     fused = copy.deepcopy(plain).to(device)
     fused.configure(kernels="triton", attention_backend="fastskel", drop_path_mode="mask")
     return plain.double(), fused
+
+
+@pytest.mark.parametrize("frames", [9, 4])
+def test_encoder_equals_plain(frames, device: torch.device, launches) -> None:
+    """Embedding and pooling included, of whole and of short clips."""
+    plain, fused = encoders(device, drop_path=0.3)
+    plain.configure(drop_path_mode="mask")
+    clips, weight = torch.randn(3, frames, 1, 5, 3), torch.randn(3, 64).double()
+    seen = launches(*kernels_of(*MODULES))
+    found = []
+    for encoder, dtype in ((plain, torch.float64), (fused, torch.float32)):
+        where = next(encoder.parameters()).device
+        view = View(clips.to(where, dtype), torch.ones(3, frames, 1, dtype=torch.bool), Topology.unknown(5))
+        torch.manual_seed(2)
+        features = encoder.train()(view)
+        (features.pooled * weight.to(features.pooled)).sum().backward()
+        named = {name: parameter.grad.double().cpu() for name, parameter in encoder.named_parameters()}
+        found.append({"pooled": features.pooled.detach().double().cpu(), **named})
+    # fp32 through two layers
+    compare(found[1], found[0], 1e-4)
+    # of each stream two layers; the embedding's normalisation forward, again and backward; the maximum and its gradient
+    assert len(seen) == 2 * (2 * 18 + 3 + 2), len(seen)
 
 
 def test_inference(device: torch.device) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 EPS = 1e-5
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
-USES = ["attentions", "one", "two", "masked"]
+USES = ["attentions", "one", "two", "masked", "embedding"]
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +74,10 @@ def make_terms(
         slots = named(live)
         conv = Term(stream(), outs[0], slots, branch(live).relu(), slots, **affine())
         return [conv, Term(conv.base, outs[1], named(live), **affine())], None
+    if use == "embedding":
+        # in the compute type before and after; all samples
+        out = torch.empty(size, tokens, width, dtype=compute, device=device)
+        return [Term(branch(size), out, **affine(), relu=True)], None
     if use == "one":
         fewer = max(min(live, 1), live - 1)
         return [Term(stream(), outs[0], named(live), branch(fewer), named(fewer), scale=1.25)], None
@@ -94,6 +98,10 @@ def make_grads(use: str, terms: Sequence[Term], statistics: Sequence[tuple[Tenso
         d_branch = None if t.branch is None else torch.empty_like(t.branch)
         keep = dict(branch_slots=t.branch_slots, scale=t.scale, factor=t.factor, d_branch=d_branch)
         grads.append(TermGrad(grad, rstd, carry, t.out_slots, carry=carry, **keep))
+        if use == "embedding":
+            into = torch.empty_like(x)
+            again = dict(mean=mean, base=t.base, weight=t.weight, bias=t.bias, relu=True)
+            return [TermGrad(grad, rstd, into, **again)]
         if use == "attentions":
             grads[-1] = grads[-1]._replace(mean=mean, base=t.base, branch=t.branch, weight=t.weight)
         else:
@@ -323,6 +331,7 @@ def test_reference_equals_autograd(use: str) -> None:
             r = torch.stack(rows)
         order = torch.arange(len(r)) if t.out_slots is None else t.out_slots.argsort()[-len(t.out) :]
         out = F.layer_norm(r[order], r.shape[-1:], weight, bias, EPS)
+        out = out.relu() if t.relu else out
         torch.testing.assert_close(found[f"out {number}"], out.detach())
         total = total + (out * g.grad).sum() + (0.0 if carry is None else ((r if g.branch_sees_carry else base) * carry).sum())
         named = dict(into=base, d_branch=branch, d_weight=weight, d_bias=bias)
