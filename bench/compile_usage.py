@@ -80,7 +80,11 @@ def compile_case(case: CompileCase, target: Sequence[Any]) -> dict[str, Any]:
 
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in names}
-    attributes = {(i,): DIVISIBLE for i, name in enumerate(names) if signature[name].startswith("*")}
+    # as the JIT marks them: what it leaves out of the specialisation it knows nothing of
+    loose = {p.name for p in case.kernel.params if p.do_not_specialize_on_alignment or p.do_not_specialize}
+    attributes = {
+        (i,): DIVISIBLE for i, name in enumerate(names) if signature[name].startswith("*") and name not in loose
+    }
     source = ASTSource(case.kernel, signature, constexprs=dict(case.constexprs), attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **OPTIONS}
     compiled = triton.compile(source, target=GPUTarget(*target[:3]), options=options)

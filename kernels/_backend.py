@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -82,12 +83,22 @@ class CompileCase:
     hot: bool = False
 
 
+# what pointers with such names lead to is read one number at a time, from slices that begin anywhere: a kernel would be compiled
+# again for each alignment, and gain nothing
+ANY_ALIGNMENT = ("slots", "factor", "mean", "rstd")
+
+
 def jit(**options: Any) -> Callable[[Callable[..., None]], Any]:
     """Decorate a Triton kernel; without Triton, leave in its place something that says so when it is launched."""
-    if triton is not None:
-        decorate: Callable[[Callable[..., None]], Any] = triton.jit(**options)
-        return decorate
-    return _Missing
+    if triton is None:
+        return _Missing
+
+    def decorate(function: Callable[..., None]) -> Any:
+        names = inspect.signature(function).parameters
+        loose = [name for name in names if name.startswith("p_") and any(part in name for part in ANY_ALIGNMENT)]
+        return triton.jit(do_not_specialize_on_alignment=loose, **options)(function)
+
+    return decorate
 
 
 def cpu_kernel(reference: Callable[..., Any], interpreted: Callable[..., Any]) -> Callable[..., Any]:

@@ -85,7 +85,7 @@ def add_into(p_into, p_extra, total, i_extra, o_n, o_x, m_x, S: tl.constexpr, D:
     tl.store(p_into + o_n + o_x, total.to(p_into.dtype.element_ty), mask=m_x)
 
 
-@jit()
+@jit(do_not_specialize=["num_sequences", "gap"])
 def _dense_shift_bwd_kernel(
     p_dz, p_d_shifted, p_into, p_xb, p_wt1, p_b1, p_wt2, p_b2, p_weight, p_mean, p_rstd, p_slots, p_extra, p_extra_slots,
     p_sums, num_sequences, stride_wt1, stride_wt2, gap,
@@ -123,8 +123,9 @@ def _dense_shift_bwd_kernel(
                 p_sums, p_xb + o_n, p_dz + o_row * D, p_wt1, p_b1, p_wt2, p_weight, b_wt1, b_b1, b_wt2, b_b2, b_mean,
                 b_rstd, o_s, m_live, stride_wt1, stride_wt2, residual, S, D, BLOCK_S, BLOCK_D,
             )  # fmt: skip
-        for i_d in range(0, D, BLOCK_D):
-            o_d = i_d + tl.arange(0, BLOCK_D)
+        # last chunk first: it is the likeliest to be cached
+        for i_back in range((D + BLOCK_D - 1) // BLOCK_D):
+            o_d = ((D - 1) // BLOCK_D - i_back) * BLOCK_D + tl.arange(0, BLOCK_D)
             o_x = o_s[:, None] * D + o_d[None, :]
             m_x = m_s[:, None] & (o_d < D)[None, :]
             _, b_xb, hidden, shifted = shifted_tile(
@@ -154,7 +155,7 @@ def _dense_shift_bwd_kernel(
     tl.store(p_sums + 2 * D + 2 * BLOCK_S * BLOCK_S + BLOCK_S + o_s, d_b2)
 
 
-@jit()
+@jit(do_not_specialize=["num_sequences", "gap"])
 def _dense_shift_bwd_blocks_kernel(
     p_dz, p_d_shifted, p_into, p_xb, p_wt1, p_b1, p_wt2, p_b2, p_weight, p_mean, p_rstd, p_slots, p_extra, p_extra_slots,
     p_sums, p_tiles, p_wide, num_sequences, stride_wt1, stride_wt2, gap,

@@ -60,10 +60,7 @@ def _load_grad(
 
 
 @jit()
-def _rectified_grad(grad, xhat, b_weight, p_bias, i_d, m_d):
-    b_bias = 0.0
-    if p_bias is not None:
-        b_bias = load_block(p_bias, i_d, m_d)[None, :]
+def _rectified_grad(grad, xhat, b_weight, b_bias):
     return tl.where(xhat * b_weight + b_bias <= 0.0, 0.0, grad)
 
 
@@ -110,7 +107,11 @@ def _layer_norm_backward_kernel(
     num_blocks = tl.cdiv(num_tokens, BLOCK_S)
     i_d = tl.arange(0, BLOCK_D)
     m_d = i_d < D
-    b_weight1, b_weight2 = 1.0, 1.0
+    b_weight1, b_bias1, b_weight2, b_bias2 = 1.0, 0.0, 1.0, 0.0
+    if p_bias1 is not None:
+        b_bias1 = load_block(p_bias1, i_d, m_d)[None, :]
+    if p_bias2 is not None:
+        b_bias2 = load_block(p_bias2, i_d, m_d)[None, :]
     if p_weight1 is not None:
         b_weight1 = load_block(p_weight1, i_d, m_d)[None, :]
         d_weight1 = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
@@ -152,7 +153,7 @@ def _layer_norm_backward_kernel(
                 if p_carry2 is not None:
                     carry2 = carry_scale2 * load_block(p_carry2, o_sd, m_sd)
             if RELU1:
-                grad1 = _rectified_grad(grad1, xhat1, b_weight1, p_bias1, i_d, m_d)
+                grad1 = _rectified_grad(grad1, xhat1, b_weight1, b_bias1)
             if p_weight1 is not None:
                 d_weight1 += grad1 * xhat1
                 d_bias1 += grad1
@@ -167,7 +168,7 @@ def _layer_norm_backward_kernel(
                 )  # fmt: skip
             if p_grad2 is not None:
                 if RELU2:
-                    grad2 = _rectified_grad(grad2, xhat2, b_weight2, p_bias2, i_d, m_d)
+                    grad2 = _rectified_grad(grad2, xhat2, b_weight2, b_bias2)
                 if p_weight2 is not None:
                     d_weight2 += grad2 * xhat2
                     d_bias2 += grad2

@@ -241,7 +241,7 @@ class _Blocks(NamedTuple):
 # width, warps, stages by padded tokens; shared memory stays within the limits of sm_80 to sm_100 and gfx942, and in 16 bits
 # nothing spills on sm_90
 FORWARD_BLOCKS = {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 8, 2), 256: (32, 8, 3)}
-BACKWARD_BLOCKS = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 8, 2), 128: (32, 8, 2), 256: (16, 8, 2)}
+BACKWARD_BLOCKS = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 8, 3), 128: (32, 8, 3), 256: (16, 8, 2)}
 # float32 runs outside tensor cores, where operands take registers too: a few spill for 256 padded tokens
 FORWARD_BLOCKS_32 = {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 8, 2), 128: (32, 8, 2), 256: (32, 8, 2)}
 BACKWARD_BLOCKS_32 = {16: (16, 4, 2), 32: (16, 4, 2), 64: (16, 8, 2), 128: (16, 8, 2), 256: (16, 8, 2)}
@@ -255,6 +255,10 @@ def _padded(size: int) -> int:
 @functools.cache
 def choose_blocks(num_tokens: int, head_dim: int, dtype: torch.dtype, backward: bool) -> _Blocks:
     """Choose for S tokens, heads of C, their type, and the forward or the backward kernels."""
+    if num_tokens > MAX_TOKENS:
+        raise ValueError(
+            f"attention: S must be at most {MAX_TOKENS}, got {num_tokens}. Use torch's scaled_dot_product_attention."
+        )
     whole, wide = _padded(num_tokens), dtype == torch.float32
     tables = (FORWARD_BLOCKS_32, BACKWARD_BLOCKS_32) if wide else (FORWARD_BLOCKS, BACKWARD_BLOCKS)
     width, num_warps, num_stages = tables[backward][whole]

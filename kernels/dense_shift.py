@@ -29,6 +29,7 @@ from fastskel.kernels._dense_shift_backward import dense_shift_backward, dense_s
 from fastskel.kernels._dense_shift_tiles import (
     CASE_BYTES,
     CASE_SEQUENCES,
+    MAX_BLOCK_S,
     OCCUPANCY,
     check_tokens,
     load_square,
@@ -112,7 +113,7 @@ def _check(x: Tensor, parameters: tuple[Tensor, ...], gap: int, eps: float) -> N
         raise ValueError(f"dense_shift: eps must be above 0, got {eps}. Layer normalisation takes 1e-5.")
 
 
-@jit()
+@jit(do_not_specialize=["num_sequences", "gap"])
 def _dense_shift_fwd_kernel(
     p_x, p_wt1, p_b1, p_wt2, p_b2, p_weight, p_bias, p_slots, p_shifted, p_xb, p_z, p_mean, p_rstd,
     num_sequences, stride_wt1, stride_wt2, gap, eps,
@@ -163,8 +164,9 @@ def _dense_shift_fwd_kernel(
                 tl.store(p_rstd + o_row + o_s, rstd, mask=m_s)
                 # other threads may have written what is read next
                 tl.debug_barrier()
-                for i_d in range(0, D, BLOCK_D):
-                    o_d = i_d + tl.arange(0, BLOCK_D)
+                # last chunk first: it is the likeliest to be cached
+                for i_back in range((D + BLOCK_D - 1) // BLOCK_D):
+                    o_d = ((D - 1) // BLOCK_D - i_back) * BLOCK_D + tl.arange(0, BLOCK_D)
                     o_x = o_s[:, None] * D + o_d[None, :]
                     m_x = m_s[:, None] & (o_d < D)[None, :]
                     if p_shifted is not None:
@@ -188,8 +190,10 @@ def launch_options(num_tokens: int, itemsize: int) -> dict[str, int]:
     return {
         "BLOCK_S": token_block(num_tokens),
         "BLOCK_D": 16 if wide else 64,
-        "num_warps": 8 if wide else 4,
-        "num_stages": 1 if wide else 2,
+        # several blocks of tokens take registers of twice as many threads
+        "num_warps": 8 if wide or num_tokens > MAX_BLOCK_S else 4,
+        # with two stages the next chunk would be waited for at once
+        "num_stages": 1 if wide else 3,
     }
 
 

@@ -55,11 +55,13 @@ def _gelu(x):
 
 
 @jit()
-def _load_term(p_up, p_slots, p_factor, scale, b_bias, i_row, i_f, m_row, m_f, num_tokens, F: tl.constexpr):
+def _load_term(p_up, p_slots, p_factor, scale, p_bias, b_bias, i_row, i_f, m_row, m_f, num_tokens, F: tl.constexpr):
     i_compact, m_there, factor = places(p_slots, p_factor, scale, i_row, m_row, num_tokens)
     o_up = i_compact * F + i_f[None, :]
     m_up = m_there & m_f[None, :]
-    b_up = tl.load(p_up + o_up, mask=m_up, other=0.0).to(tl.float32) + b_bias
+    b_up = tl.load(p_up + o_up, mask=m_up, other=0.0).to(tl.float32)
+    if p_bias is not None:
+        b_up += b_bias
     return b_up, o_up, m_up, factor
 
 
@@ -114,12 +116,12 @@ def _mlp_hidden_fwd_kernel(
         if p_bias is not None:
             b_bias = tl.load(p_bias + i_f, mask=m_f, other=0.0).to(tl.float32)[None, :]
         b_up, _, m_up, factor = _load_term(
-            p_up0, p_slots0, p_factor0, scale0, b_bias, i_row, i_f, m_row, m_f, num_tokens, F
+            p_up0, p_slots0, p_factor0, scale0, p_bias, b_bias, i_row, i_f, m_row, m_f, num_tokens, F
         )
         b_out = _activate(b_up, m_up, factor, p_bias, GELU)
         if p_up1 is not None:
             b_up, _, m_up, factor = _load_term(
-                p_up1, p_slots1, p_factor1, scale1, b_bias, i_row, i_f, m_row, m_f, num_tokens, F
+                p_up1, p_slots1, p_factor1, scale1, p_bias, b_bias, i_row, i_f, m_row, m_f, num_tokens, F
             )
             b_out += _activate(b_up, m_up, factor, p_bias, GELU)
         o_out = i_row.to(tl.int64)[:, None] * F + i_f[None, :]
@@ -148,12 +150,12 @@ def _mlp_hidden_bwd_kernel(
         m_grad = m_row[:, None] & m_f[None, :]
         b_grad = tl.load(p_grad + o_grad, mask=m_grad, other=0.0).to(tl.float32)
         b_up0, o_up0, m_up0, factor0 = _load_term(
-            p_up0, p_slots0, p_factor0, scale0, b_bias, i_row, i_f, m_row, m_f, num_tokens, F
+            p_up0, p_slots0, p_factor0, scale0, p_bias, b_bias, i_row, i_f, m_row, m_f, num_tokens, F
         )
         # loads before stores, which nothing can be moved across
         if p_up1 is not None:
             b_up1, o_up1, m_up1, factor1 = _load_term(
-                p_up1, p_slots1, p_factor1, scale1, b_bias, i_row, i_f, m_row, m_f, num_tokens, F
+                p_up1, p_slots1, p_factor1, scale1, p_bias, b_bias, i_row, i_f, m_row, m_f, num_tokens, F
             )
         b_hidden, b_d_up = _store_grad(p_d_up0, b_grad, b_up0, o_up0, m_up0, factor0, p_slots0, p_bias, GELU)
         b_sums += b_d_up

@@ -140,7 +140,8 @@ def _mlp_residual_bwd_kernel(
 def blocks(columns: int) -> dict[str, int]:
     """Choose the tile of rows and columns (BLOCK_R, BLOCK_F), one piece of registers whatever its form."""
     block_f = min(MAX_BLOCK_F, 1 << (columns - 1).bit_length())
-    return {"BLOCK_R": min(64, TILE // block_f), "BLOCK_F": block_f}
+    # narrow tiles have more rows: with fewer numbers than threads, some would be held twice, and written while they are read
+    return {"BLOCK_R": min(max(64, 512 // block_f), TILE // block_f), "BLOCK_F": block_f}
 
 
 def check_term(function: str, number: int, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
