@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fastskel.bench.harness import CPU_ATTENTION
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 __all__ = ["COPY_BYTES_PER_S", "MATMUL_FLOPS_PER_S", "Counter", "Entry"]
@@ -32,8 +33,8 @@ PRODUCTS = {
     "mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_linear_pointwise", "addmv", "mv", "convolution",
     "convolution_backward", "_addmm_activation",
 }  # fmt: skip
-# overwrite their first argument without reading it
-OVERWRITING = {"copy_", "fill_", "zero_"}
+# overwrite their first argument without reading it, or read its shape only
+OVERWRITING = {"copy_", "fill_", "zero_", "new_zeros", "zeros_like", "ones_like", "full_like", "new_full"}
 
 
 @dataclass
@@ -120,7 +121,8 @@ class Counter(TorchDispatchMode):
         if name in FREE or getattr(func, "namespace", "") == "prim":
             return out
         read = args[1:] if name in OVERWRITING else args
-        inputs = [t for t in tree_leaves((read, kwargs)) if isinstance(t, Tensor)]
+        named = {key: value for key, value in (kwargs or {}).items() if key not in ("out", "grad_input")}
+        inputs = [t for t in tree_leaves((read, named)) if isinstance(t, Tensor)]
         # operations on lists of tensors write to the first and return nothing
         outputs = [t for t in tree_leaves(args[0] if out is None else out) if isinstance(t, Tensor)]
         if not outputs:
@@ -135,7 +137,11 @@ class Counter(TorchDispatchMode):
         packet = getattr(func, "overloadpacket", None)
         # torch has formulas for what returns a new tensor only
         formula = flop_registry.get(packet) or flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), None))
-        flops = formula(*args, **(kwargs or {}), out_val=out) if formula else 0
+        formula = formula or CPU_ATTENTION.get(packet)
+        if formula in CPU_ATTENTION.values():
+            flops = formula(*tree_map(lambda t: t.shape if isinstance(t, Tensor) else t, args))
+        else:
+            flops = formula(*args, **(kwargs or {}), out_val=out) if formula else 0
         shape = _product_shape(name, args) if name in PRODUCTS else ()
         self.add(name, flops, num_bytes, shape)
         return out

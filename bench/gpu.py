@@ -254,8 +254,9 @@ def main(arguments: list[str] | None = None) -> int:
             write(part, case, seconds, found.pop(case, {}), outcome.error)
         for other, figures in found.items():
             write(part, other, seconds, figures, "")
-        failures += bool(outcome.error)
-        print(f"{'FAILED' if outcome.error else 'ok':<7}{part:<12}{case:<22}{seconds:7.1f} s", flush=True)
+        failed = bool(outcome.error) or any(figures.get("status") == "failed" for figures in found.values())
+        failures += failed
+        print(f"{'FAILED' if failed else 'ok':<7}{part:<12}{case:<22}{seconds:7.1f} s", flush=True)
     print(f"{failures} failed; rows in {rows}, output in {given.out / 'logs'}")
     return min(failures, 1)
 

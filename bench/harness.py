@@ -29,8 +29,8 @@ from fastskel.atomic import atomic_write
 from fastskel.provenance import provenance
 
 __all__ = [
-    "Timing", "append_rows", "compare", "device_name", "flops", "held_bytes", "origin", "peak_bytes", "quantiles",
-    "relative_l2", "saved_bytes",
+    "CPU_ATTENTION", "Timing", "append_rows", "compare", "device_name", "flops", "held_bytes", "origin", "peak_bytes",
+    "quantiles", "relative_l2", "saved_bytes",
 ]  # fmt: skip
 
 Call = Callable[[], object]

@@ -169,7 +169,7 @@ _operator = torch.library.custom_op(
     philox_words_triton,
     mutates_args=(),
     device_types="cuda",
-    schema="(Tensor index, Tensor view, Tensor? address, int seed, int step, int use, int num) -> Tensor",
+    schema="(Tensor index, Tensor view, Tensor? address, SymInt seed, SymInt step, int use, int num) -> Tensor",
 )
 
 

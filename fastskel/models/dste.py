@@ -101,6 +101,11 @@ class DSTE(USDRLBackbone):
                 "Address the views with Batch.at."
             )
         shape = (rows, self.num_layers, 2, NUM_DROP_PATHS)
+        on_host = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        if self.drop_path_mode == "mask" and on_host:
+            # the same draws, sooner
+            scales = torch.from_numpy(self._kept(address).reshape(shape) / (1.0 - self.drop_path))
+            return masked_drops(scales[:, :, 0]), masked_drops(scales[:, :, 1])
         if self.drop_path_mode == "mask":
             index, number = (part.to(tokens.device, non_blocking=True) for part in (address.index, address.view))
             scales = drop_path_scales(
@@ -109,10 +114,10 @@ class DSTE(USDRLBackbone):
             ).view(shape)  # fmt: skip
             return masked_drops(scales[:, :, 0]), masked_drops(scales[:, :, 1])
         kept = self._kept(address).reshape(shape)
-        return (
-            skipped_drops(kept[:, :, 0], self.drop_path, tokens.device),
-            skipped_drops(kept[:, :, 1], self.drop_path, tokens.device),
+        temporal, spatial = (
+            skipped_drops(kept[:, :, stream], self.drop_path, tokens.device, slots=self.kernels != "torch") for stream in range(2)
         )
+        return temporal, spatial
 
     # the draws are NumPy's: a compiler would trace into them
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -122,7 +127,8 @@ class DSTE(USDRLBackbone):
                 "DSTE: view.address must be on the host to skip what is dropped, got tensors on a device. "
                 "Configure drop_path_mode='mask'."
             )
-        seed = int(address.seed) % 2**64
+        # a tensor holds the bits of a seed
+        seed = int(address.seed) % 2**64 if isinstance(address.seed, Tensor) else address.seed
         return drop_path_kept(
             self.drop_path, self.num_layers * 2 * NUM_DROP_PATHS,
             seed=seed, step=int(address.step), index=address.index, view=address.view,

@@ -41,7 +41,8 @@ class LayerDrops(NamedTuple):
         inner: Where the rows of CA's attention lie among those of its MLP, (n,); None if they are the same.
         factors: What each branch is multiplied with: one number, or with masks (N, 1, 1) float64.
         bias: Factor of the second linear's bias, summed over both dense shift branches: one number, or (N, 1, 1) float64.
-        slots: The inverse of `rows`: where each sample lies among those that are computed, (N,) int32, -1 if it is not.
+        slots: The inverse of `rows`: where each sample lies among those that are computed, (N,) int32, -1 if it is not;
+            for fused kernels.
         scales: `factors` and `bias` as fused kernels read them, (7, N) float32, where one of them is not one number.
     """
 
@@ -131,13 +132,16 @@ def masked_drops(scales: Tensor) -> list[LayerDrops]:
     return plans
 
 
-def skipped_drops(kept: NDArray[np.bool_], rate: float, device: torch.device) -> list[LayerDrops]:
+def skipped_drops(
+    kept: NDArray[np.bool_], rate: float, device: torch.device, *, slots: bool = True
+) -> list[LayerDrops]:
     """Plan layers that compute the kept samples only, so that shapes depend on the draws.
 
     Args:
         kept: Whether each branch of each layer is kept, (N, layers, 6), on the host.
         rate: The rate it was drawn with.
         device: Where the tokens are.
+        slots: Whether the plans are for fused kernels too.
     Returns:
         One plan for each layer; every branch adds up to what it does under `masked_drops`.
     """
@@ -147,18 +151,22 @@ def skipped_drops(kept: NDArray[np.bool_], rate: float, device: torch.device) ->
     flat = [rows for plan in lists for rows in plan if rows is not None]
     packed = torch.from_numpy(np.concatenate([*flat, np.zeros(0, np.int64)])).to(device, non_blocking=True)
     parts = iter(torch.split(packed, [len(rows) for rows in flat]))
-    places = torch.from_numpy(np.stack([_places(plan, len(kept)) for plan in lists])).to(device, non_blocking=True)
+    places = None
+    if slots:
+        places = torch.from_numpy(np.stack([_places(plan, len(kept)) for plan in lists])).to(device, non_blocking=True)
     plans = []
     for layer, plan in enumerate(lists):
         *rows, inner = [None if rows is None else next(parts) for rows in plan]
-        slots = tuple(None if chosen is None else places[layer, call] for call, chosen in enumerate(rows))
+        inverse = tuple(
+            None if chosen is None or places is None else places[layer, call] for call, chosen in enumerate(rows)
+        )
         bias: float | Tensor = 2.0 * factor
         scales = None
         if any(rows[call] is not None for call in (SHIFTED_MLP, PLAIN_MLP)):
             live = kept[:, layer, [SHIFTED_MLP, PLAIN_MLP]].sum(1) * factor
             bias = torch.from_numpy(live).to(device, non_blocking=True)[:, None, None]
             scales = bias.view(1, -1).to(torch.float32).expand(NUM_DROP_PATHS + 1, -1)
-        plans.append(LayerDrops(tuple(rows), inner, (factor,) * NUM_DROP_PATHS, bias, slots, scales))
+        plans.append(LayerDrops(tuple(rows), inner, (factor,) * NUM_DROP_PATHS, bias, inverse, scales))
     return plans
 
 

@@ -100,6 +100,8 @@ def forward(x: Tensor, w: Weights, drops: LayerDrops, spec: LayerSpec) -> tuple[
     """Run a layer; arguments and results are those of `dst_function.forward`, tokens (N, S, D)."""
     n, s, d = x.shape
     compute, slots, half = spec.precision.compute, drops.slots, 0.5 * (1.0 - spec.alpha)
+    if any(rows is not None and places is None for rows, places in zip(drops.rows, slots, strict=True)):
+        raise ValueError("dst_fused: drops must have slots where they have rows, got none. Plan them with slots=True.")
     x = x.contiguous()
     z, conv, shifted, xb, _ = _attention_rows(x, None, w, drops, spec)
     attended, q, p = attend(z, w.projections, spec.attention, spec.precision, keep=spec.memory != "layer")

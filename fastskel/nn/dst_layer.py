@@ -137,7 +137,9 @@ class DSTLayer(MergingLayer):
         spec = LayerSpec(attention, precision, self.alpha, self.gap, self.CA.norm1.eps, memory, chosen)
         drops = NO_DROPS if drops is None else drops
         if torch.compiler.is_compiling() and chosen == "triton":
-            return dst_layer(x, weights, drops, spec)
+            # borrowed cores are differentiated by autograd, which is off inside an operator
+            core = "triton" if attention.core in ("sdpa", "xformers") else attention.core
+            return dst_layer(x, weights, drops, spec._replace(attention=attention._replace(core=core)))
         out: Tensor = _Layer.apply(x, drops, spec, *weights)  # type: ignore[no-untyped-call]
         return out
 

@@ -22,7 +22,10 @@ from fastskel.nn.projections import Attention
 
 __all__ = ["Passes", "dst_layer", "passes"]
 
-_SPEC = "int num_heads, bool merged, str core, ScalarType compute, float alpha, int gap, float eps, str memory, str kernels"
+_SPEC = (
+    "int num_heads, bool merged, str core, ScalarType compute, ScalarType residual, ScalarType wide, float alpha, int gap, "
+    "float eps, str memory, str kernels"
+)
 
 
 class Passes(Protocol):
@@ -50,26 +53,29 @@ def dst_layer(x: Tensor, weights: Weights, drops: LayerDrops, spec: LayerSpec, *
     Raises:
         ValueError: If what is dropped is skipped: shapes would depend on the draws.
     """
-    if any(rows is not None for rows in drops.rows):
+    masked = all(isinstance(factor, Tensor) for factor in drops.factors)
+    if drops is not NO_DROPS and not masked:
         raise ValueError(
             "dst_layer: drops must be masked in a compiled layer, got skipped samples. Configure drop_path_mode='mask'."
         )
     # (N, 1, 6), from which the plan is made again
-    scales = None if drops.scales is None else torch.stack([f[:, 0, 0] for f in drops.factors]).mT[:, None]  # type: ignore[index]
+    scales = torch.cat([f[:, 0] for f in drops.factors], -1)[:, None] if masked else None  # type: ignore[index]
     out: Tensor = _forward_operator(x, list(weights), scales, prepared, *_flat(spec))[0]
     return out
 
 
 def _flat(spec: LayerSpec) -> tuple[Any, ...]:
     rest = (spec.alpha, spec.gap, spec.eps, spec.memory, spec.kernels)
-    return (*spec.attention, spec.precision.compute, *rest)
+    return (*spec.attention, *spec.precision, *rest)
 
 
 def _spec(
-    num_heads: int, merged: bool, core: Any, compute: torch.dtype, alpha: float, gap: int, eps: float, memory: Any, kernels: Any
-) -> LayerSpec:
+    num_heads: int, merged: bool, core: Any, compute: torch.dtype, residual: torch.dtype, wide: torch.dtype,
+    alpha: float, gap: int, eps: float, memory: Any, kernels: Any,
+) -> LayerSpec:  # fmt: skip
     check_memory(memory)
-    return LayerSpec(Attention(num_heads, merged, core), Precision.of(compute), alpha, gap, eps, memory, kernels)
+    precision = Precision(compute=compute, residual=residual, wide=wide)
+    return LayerSpec(Attention(num_heads, merged, core), precision, alpha, gap, eps, memory, kernels)
 
 
 def _drops(scales: Tensor | None) -> LayerDrops:
@@ -85,7 +91,7 @@ def _forward(x: Tensor, weights: list[Tensor], scales: Tensor | None, prepared: 
         return [y]
     # an operator's output may not be its input
     cast = xb.new_empty(0) if xb.dtype == x.dtype else xb
-    return [y, cast, *(y.new_empty(0) if t is None else t for t in kept)]
+    return [y, cast, *(xb.new_empty(0) if t is None else t for t in kept)]
 
 
 def _backward(
@@ -95,8 +101,9 @@ def _backward(
     with without_autocast(x.device):
         prepared = dst_function.prepare(parameters, spec.precision)
         if saved:
-            xb = saved[0] if saved[0].numel() else x.to(spec.precision.compute)
-            kept = Kept(*(t if t.numel() else None for t in saved[1:]))
+            # what is not there has one dimension
+            xb = saved[0] if saved[0].dim() > 1 else x.to(spec.precision.compute)
+            kept = Kept(*(t if t.dim() > 1 else None for t in saved[1:]))
         else:
             again = spec._replace(memory="lean")
             _, xb, kept = passes(spec).forward(x.to(spec.precision.residual), prepared, drops, again)
@@ -134,7 +141,8 @@ def _(x: Tensor, weights: list[Tensor], scales: Tensor | None, prepared: bool, *
         return x.new_empty(count * n, s, width, dtype=compute)
 
     def deviations(count: int) -> Tensor:
-        return x.new_empty(count * n, s, 1, dtype=residual)
+        # the kernels' statistics are float32 whatever the stream is
+        return x.new_empty(count * n, s, 1, dtype=torch.float32 if spec.kernels == "triton" else residual)
 
     sums = {"triton": (3 * n, heads, s), "own": (3 * n * heads, s, s)}.get(spec.attention.core, (0,))
     p = x.new_empty(sums, dtype=torch.float32 if spec.attention.core == "triton" else compute)
@@ -185,6 +193,7 @@ def _forward_flops(
 
 @register_flop_formula(torch.ops.fastskel.dst_layer_backward)
 def _backward_flops(
-    grad: Any, x: tuple[int, ...], saved: Any, weights: Any, scales: Any, num_heads: int, merged: bool, *_: Any, **__: Any
+    grad: Any, x: tuple[int, ...], saved: list[Any], weights: Any, scales: Any, num_heads: int, merged: bool, *_: Any, **__: Any
 ) -> int:
-    return 2 * _products(x, merged)
+    # a layer that kept its input only runs forward again
+    return (2 if saved else 3) * _products(x, merged)

@@ -39,6 +39,13 @@ if _ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
         return 2 * rows * weight[0] * weight[1]
 
 
+if torch.ops.aten._addmm_activation not in flop_registry:
+
+    @register_flop_formula([torch.ops.aten._addmm_activation, torch.ops.aten.addmm_])
+    def _addmm_flops(bias: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+
 def _through_onednn(x: Tensor) -> bool:
     usable = _ONEDNN and bool(torch.backends.mkldnn.enabled)
     return usable and x.device.type == "cpu" and x.dtype in _TYPES and x.numel() > 0
@@ -52,7 +59,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
     if activation == "relu" and bias is not None and x.is_cuda:
         # cuBLAS rectifies what it has just summed: no pass of its own
         rows: Tensor = torch._addmm_activation(bias, x.flatten(0, -2), weight.mT)
-        return rows.view(*x.shape[:-1], -1)
+        return rows.view(*x.shape[:-1], weight.shape[0])
     out = F.linear(x, weight, bias)
     return out.relu_() if activation == "relu" else out
 

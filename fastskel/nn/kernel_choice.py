@@ -50,7 +50,7 @@ def choose_kernels(kernels: KernelChoice, device: torch.device, compute: torch.d
         return "torch"
     if triton is None:
         raise ValueError("kernels: 'triton' must find Triton installed, got none. Run `pip install triton`.")
-    if device.type not in ("cuda", "meta") and not INTERPRETED:
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         raise ValueError(f"kernels: 'triton' must run on a GPU, got {device.type}. Choose 'torch', or set TRITON_INTERPRET=1.")
     if compute not in TYPES:
         raise ValueError(f"kernels: 'triton' must compute in one of {TYPES}, got {compute}. Choose 'torch'.")

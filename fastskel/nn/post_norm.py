@@ -116,6 +116,9 @@ class PostNormLayer(MergingLayer):
         check_memory(memory)
         precision = precision_of(x, attn.in_proj_weight, "PostNormLayer")
         chosen = choose_kernels(kernels, x.device, precision.compute)
+        if torch.compiler.is_compiling():
+            # a compiler traces into torch's operators
+            chosen = "torch"
         attention = choose_backend(
             backend, attn.embed_dim, attn.num_heads, x.device, precision.compute, self.repays(x), chosen
         )
@@ -160,6 +163,8 @@ class FrozenPostNormLayer(nn.Module):
             # chosen where it runs, which need not be where it was made
             compute = self.spec.precision.compute
             chosen = choose_kernels(kernels, x.device, compute)
+            if torch.compiler.is_compiling():
+                chosen = "torch"
             attention = choose_backend(self.backend, self.width, self.num_heads, x.device, compute, kernels=chosen)
             return _forward(x.to(self.spec.precision.residual), weights, self.spec._replace(attention=attention))[0]
 

@@ -26,6 +26,7 @@ from fastskel.models import DSTE
 from fastskel.nn import dst_function, dst_fused
 from fastskel.nn.drop_path import NUM_DROP_PATHS, LayerDrops, masked_drops, skipped_drops
 from fastskel.nn.dst_layer import DSTLayer
+from fastskel.nn.dst_operator import dst_layer
 from fastskel.skeleton import Topology
 
 RATE = 0.25
@@ -207,11 +208,14 @@ def test_inference(device: torch.device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("drop_path, memory", [(0.3, "lean"), (0.0, "layer")])
-def test_compiled_into_one_graph(drop_path, memory, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "drop_path, memory, backend, dtype",
+    [(0.3, "lean", "fastskel", torch.float32), (0.0, "layer", "sdpa", torch.float32), (0.3, "lean", "fastskel", torch.bfloat16)],
+)
+def test_compiled_into_one_graph(drop_path, memory, backend, dtype, device: torch.device) -> None:
     _, fused = encoders(device, drop_path=drop_path)
-    fused.configure(memory=memory)
-    tokens = torch.randn(3, 9, 15, device=device), torch.randn(3, 5, 27, device=device)
+    fused.to(dtype).configure(memory=memory, attention_backend=backend)
+    tokens = torch.randn(3, 9, 15, device=device, dtype=dtype), torch.randn(3, 5, 27, device=device, dtype=dtype)
     fused.train()
 
     def gradients(call: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -225,28 +229,28 @@ def test_compiled_into_one_graph(drop_path, memory, device: torch.device) -> Non
     torch.compiler.reset()
     found = gradients(torch.compile(fused.streams, backend="aot_eager", fullgraph=True))
     for actual, value in zip(found, expected, strict=True):
-        torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-4)
+        assert actual.dtype == value.dtype
+        # in bfloat16 the same operations, but for the embedding's and the core's
+        limit = 1e-4 if dtype == torch.float32 else 0.1
+        assert float((actual - value).norm() / value.norm().clamp_min(1e-3)) < limit
     frozen = fused.eval().optimize_for_inference()
     compiled = torch.compile(frozen.streams, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         for actual, value in zip(compiled(*tokens), frozen.streams(*tokens), strict=True):
-            torch.testing.assert_close(actual, value)
+            assert float((actual - value).norm() / value.norm()) < limit
     torch.compiler.reset()
 
 
 # --- without kernels: the operator that a compiler sees, and refusals
 
 
-def operands(memory: str, masked: bool) -> tuple[object, ...]:
-    layer = build(6, 16)
-    merged = layer._weights(layer.merged.get(layer.CA.attn, ATTENTION, torch.float64))
+def operands(memory: str, masked: bool, core: str = "own") -> tuple[object, ...]:
+    layer, attention = build(6, 16), dst_function.Attention(1, core == "own", core)
+    merged = layer._weights(layer.merged.get(layer.CA.attn, attention, torch.float64))
     weights = [weight.detach().requires_grad_() for weight in merged]
     scales = torch.tensor([[[0.0, 1, 2, 1, 0, 1]], [[2.0, 1, 1, 0, 1, 1]]], dtype=torch.float64) if masked else None
     x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
-    return x, weights, scales, False, 1, True, "own", torch.float64, 0.5, 4, 1e-5, memory, "torch"
-
-
-ATTENTION = dst_function.Attention(1, True, "own")
+    return x, weights, scales, False, *attention, *(torch.float64,) * 3, 0.5, 4, 1e-5, memory, "torch"
 
 
 @pytest.mark.parametrize("memory", ["lean", "layer"])
@@ -255,10 +259,16 @@ def test_opcheck(masked, memory) -> None:
     torch.library.opcheck(torch.ops.fastskel.dst_layer.default, operands(memory, masked))
 
 
-def test_a_compiled_layer_masks() -> None:
-    from fastskel.nn.dst_operator import dst_layer
+def test_opcheck_of_a_borrowed_core() -> None:
+    # its gradient is autograd's, which is off inside an operator
+    torch.library.opcheck(
+        torch.ops.fastskel.dst_layer.default, operands("lean", False, "sdpa"), test_utils=("test_schema", "test_faketensor")
+    )
 
-    drops = drops_of(np.zeros((2, NUM_DROP_PATHS), bool), "skip", torch.device("cpu"))
+
+@pytest.mark.parametrize("kept", [False, True], ids=["all dropped", "none dropped"])
+def test_a_compiled_layer_masks(kept) -> None:
+    drops = drops_of(np.full((2, NUM_DROP_PATHS), kept), "skip", torch.device("cpu"))
     with pytest.raises(ValueError, match="drops must be masked in a compiled layer, got skipped"):
         dst_layer(torch.zeros(2, 5, 16), None, drops, None)
 

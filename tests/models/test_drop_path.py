@@ -166,6 +166,25 @@ def test_both_ways_plan_the_same(rate):
     assert skips[2].rows == skips[2].slots == (None,) * NUM_DROP_PATHS and skips[2].inner is None
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64])
+@pytest.mark.parametrize("mode", ["skip", "mask"])
+def test_seeds_out_of_range_are_refused(mode, seed, make_view):
+    model = encoder()
+    model.configure(drop_path_mode=mode)
+    with pytest.raises(ValueError, match="seed must be in"):
+        model(batch_of(make_view, [0, 1]).at(seed=seed, step=0).views[0])
+
+
+@pytest.mark.parametrize("mode", ["skip", "mask"])
+def test_tensors_address_as_numbers_do(mode, make_view):
+    model, batch = encoder(), batch_of(make_view, [4, 0, 9])
+    model.configure(drop_path_mode=mode)
+    seed, step = 2**63 + 5, 7
+    numbers = model(batch.at(seed, step).views[1]).pooled
+    bits = torch.tensor(seed - 2**64)
+    assert torch.equal(model(batch.at(bits, torch.tensor(step)).views[1]).pooled, numbers)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
 def test_scales_are_the_draws_of_the_host(rate, tensors):

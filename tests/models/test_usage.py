@@ -526,6 +526,28 @@ def test_compiled_encoders_give_the_same(kind, mode, view):
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_steps_that_are_numbers_do_not_compile_again(make_view):
+    encoder = build(DSTE, num_layers=1, drop_path=0.3).train()
+    encoder.configure(drop_path_mode="mask")
+    clips = make_view((3, 5, 2, 3, 3))
+    graphs = []
+
+    def backend(module, example_inputs):
+        graphs.append(module)
+        return module
+
+    torch.compiler.reset()
+    compiled = torch.compile(encoder, backend=backend, fullgraph=True)
+    for step in range(12):
+        address = DrawAddress(5, step, torch.arange(3), torch.zeros(3, dtype=torch.int64))
+        view = replace(clips, address=address)
+        torch.testing.assert_close(compiled(view).pooled, encoder(view).pooled, rtol=1e-11, atol=1e-12)
+    # one for a number, one for any number
+    assert len(graphs) <= 3
+    torch.compiler.reset()
+
+
 # --- what a pass costs, at the recipe's sizes: D = 1024, one head, T = 64, S = 50
 
 D, T, S = 1024, 64, 50
