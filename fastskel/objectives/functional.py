@@ -1,17 +1,24 @@
 """Decorrelation losses as plain functions of embeddings.
 
-Every function computes in fp32 or wider, whatever autocast says: covariances lose their diagonal in half precision.
+Every function computes in fp32 or wider, whatever autocast says: covariances lose their diagonal in half precision. The weights
+of a loss are known in advance, so its forward pass makes the gradient too and keeps nothing else for the backward pass; it is
+differentiable once.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["cross_correlation", "mgfd_loss", "similarity", "variance_covariance"]
+from fastskel.kernels.decorrelation import Energies, Options, decorrelate, decorrelation
+
+__all__ = [
+    "barlow_twins_loss", "covariance_penalty", "cross_correlation", "mgfd_loss", "similarity", "variance_covariance",
+    "vicreg_loss",
+]  # fmt: skip
 
 MSE_WEIGHT = 5.0
 VARIANCE_WEIGHT = 5.0
@@ -19,6 +26,8 @@ OFF_DIAGONAL_WEIGHT = 0.005
 # weight of the two single domains beside the joint one
 DOMAIN_WEIGHT = 0.5
 VARIANCE_EPSILON = 1e-4
+# elements of all views that a pass takes at a time on a CPU: a megabyte, which stays in its cache
+BLOCK_ELEMENTS = 1 << 18
 
 
 def _at_least_fp32(z: Tensor) -> Tensor:
@@ -29,17 +38,103 @@ def _without_autocast(z: Tensor) -> torch.autocast:
     return torch.autocast(z.device.type, enabled=False)
 
 
-def _off_diagonal_energy(matrix: Tensor) -> Tensor:
-    eye = torch.eye(matrix.shape[-1], dtype=torch.bool, device=matrix.device)
-    return matrix.masked_fill(eye, 0.0).square().sum()
-
-
 def _check(function: str, z: Tensor) -> None:
     if z.dim() != 2 or z.shape[0] < 2 or z.shape[1] < 1:
         raise ValueError(
             f"{function}: embeddings must be (N, D) with N at least 2, got {tuple(z.shape)}. "
             "Statistics over the batch need two samples: enlarge the batch or drop the last short one."
         )
+
+
+def _check_two(function: str, a: Tensor, b: Tensor, names: str) -> None:
+    _check(function, a)
+    if a.shape != b.shape:
+        raise ValueError(
+            f"{function}: {names} must agree in shape, got {tuple(a.shape)} and {tuple(b.shape)}. "
+            "Pass two views of the same samples."
+        )
+
+
+def _may_overwrite() -> bool:
+    """Say whether the graph that is being differentiated is dropped afterwards, as is usual."""
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return kept is not None and not kept()
+
+
+class _Known(torch.autograd.Function):
+    """A value () of z (W, N, D) with the gradient that was computed along with it."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        ctx.dtype = z.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a decorrelation loss must be differentiated once, got create_graph=True. Its gradient is kept as numbers."
+            )
+        (grad,) = ctx.saved_tensors
+        grad = grad.mul_(upstream) if _may_overwrite() else grad * upstream
+        return grad.to(ctx.dtype), None, None
+
+
+def _pull(z: Tensor, weight: float, grad: Tensor | None) -> Tensor:
+    """Return `similarity` of z (W, N, D), (), and add its gradient times a weight to `grad`.
+
+    With the centre c of the others and the anchor a, sum_i |z_i - a|^2 = sum_i |z_i - c|^2 + (W - 1) |c - a|^2.
+    """
+    num_views, rows, width = z.shape
+    step = max(1, BLOCK_ELEMENTS // (num_views * width)) if z.device.type == "cpu" else rows
+    factor = 2.0 * weight / (rows * width)
+    parts = []
+    for start in range(0, rows, step):
+        block = _at_least_fp32(z[:, start : start + step])
+        centre = block[:-1].mean(0)
+        spread, away = block[:-1] - centre, centre - block[-1]
+        if grad is not None:
+            others, anchor = grad[:-1, start : start + step], grad[-1, start : start + step]
+            others.add_(spread, alpha=2.0 * factor).add_(away, alpha=factor)
+            anchor.sub_(away, alpha=(num_views - 1) * factor)
+        far, near = (part.square_().sum(dtype=torch.float64) for part in (away, spread))
+        parts.append(2.0 * near + (num_views - 1) * far)
+    value: Tensor = torch.stack(parts).sum() / (rows * width)
+    return value.to(centre.dtype)
+
+
+def _evaluate(
+    z: Tensor, options: Options, *, hinge: float = 0.0, covariance: float = 0.0, on: float = 0.0, off: float = 0.0,
+    pull: float = 0.0,
+) -> tuple[Tensor, Energies, Tensor]:  # fmt: skip
+    """Weigh the energies of z (W, N, D), each weight for all views or pairs, and its similarity.
+
+    Returns the sum, (), differentiable; and the energies and the similarity, detached.
+    """
+    weights = (hinge, covariance, on, off)
+
+    def total_of(energies: Energies, near: Tensor) -> Tensor:
+        terms = [weight * energy.sum() for weight, energy in zip(weights, energies, strict=True) if weight]
+        return torch.stack([*terms, pull * near] if pull else terms).sum()
+
+    near = z.new_zeros(())
+    if torch.compiler.is_compiling():
+        # a compiler differentiates operators and plain torch best: the energies are computed again in the backward pass
+        energies = decorrelation(z, options)
+        near = similarity(z) if pull else near
+        return total_of(energies, near), Energies(*(energy.detach() for energy in energies)), near.detach()
+    needed = z.requires_grad and torch.is_grad_enabled()
+    with torch.no_grad(), _without_autocast(z):
+        sizes = len(z), len(z), *(2 * [len(z) * (len(z) - 1) // 2 if options.pairs else 0])
+        wide = torch.promote_types(z.dtype, torch.float32)
+        filled = (z.new_full((size,), weight, dtype=wide) for size, weight in zip(sizes, weights, strict=True))
+        energies, grad = decorrelate(z, options, Energies(*filled) if needed else None)
+        near = _pull(z, pull, grad) if pull else near
+        total = total_of(energies, near)
+    if grad is not None:
+        total = _Known.apply(z, total, grad)  # type: ignore[no-untyped-call]
+    return total, energies, near
 
 
 def similarity(z: Tensor, criterion: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
@@ -81,13 +176,8 @@ def variance_covariance(z: Tensor) -> Tensor:
     Source: `v_ac` of USDRL, after VICReg.
     """
     _check("variance_covariance", z)
-    with _without_autocast(z):
-        z = _at_least_fp32(z)
-        rows, width = z.shape
-        deviation = torch.sqrt(z.var(0) + VARIANCE_EPSILON)
-        centred = z - z.mean(0)
-        covariance = centred.T @ centred / (rows - 1)
-        return VARIANCE_WEIGHT * torch.relu(1.0 - deviation).mean() + _off_diagonal_energy(covariance) / width
+    options = Options(variance_eps=VARIANCE_EPSILON, pairs=False)
+    return _evaluate(z[None], options, hinge=VARIANCE_WEIGHT, covariance=1.0 / z.shape[1])[0]
 
 
 def cross_correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -105,16 +195,8 @@ def cross_correlation(a: Tensor, b: Tensor) -> Tensor:
         ValueError: If a and b are not (N, D) of one shape with at least two samples.
     Source: `xcorr_loss` of USDRL, after Barlow Twins.
     """
-    _check("cross_correlation", a)
-    if a.shape != b.shape:
-        raise ValueError(
-            f"cross_correlation: a and b must agree in shape, got {tuple(a.shape)} and {tuple(b.shape)}. "
-            "Pass two views of the same samples."
-        )
-    with _without_autocast(a):
-        a, b = _at_least_fp32(a), _at_least_fp32(b)
-        c = ((a - a.mean(0)) / a.std(0)).T @ ((b - b.mean(0)) / b.std(0)) / a.shape[0]
-        return (c.diagonal() - 1.0).square().sum() + OFF_DIAGONAL_WEIGHT * _off_diagonal_energy(c)
+    _check_two("cross_correlation", a, b, "a and b")
+    return _evaluate(torch.stack((a, b)), Options(), on=1.0, off=OFF_DIAGONAL_WEIGHT)[0]
 
 
 def mgfd_loss(z_t: Tensor, z_s: Tensor, z_i: Tensor, *, xcorr_weight: float = 1e-3) -> tuple[Tensor, dict[str, Tensor]]:
@@ -133,23 +215,105 @@ def mgfd_loss(z_t: Tensor, z_s: Tensor, z_i: Tensor, *, xcorr_weight: float = 1e
     Raises:
         ValueError: If the stacks are not (W, N, D) of equal W and N, with W and N at least 2.
     """
-    if not z_t.shape[:2] == z_s.shape[:2] == z_i.shape[:2] or z_t.shape[0] < 2:
+    if {z_t.dim(), z_s.dim(), z_i.dim()} != {3} or not z_t.shape[:2] == z_s.shape[:2] == z_i.shape[:2] or len(z_t) < 2:
         raise ValueError(
             "mgfd_loss: z_t, z_s and z_i must be (W, N, D) with equal W >= 2 and equal N, got "
             f"{tuple(z_t.shape)}, {tuple(z_s.shape)} and {tuple(z_i.shape)}. Stack the same views of the same samples."
         )
+    options = Options(variance_eps=VARIANCE_EPSILON, pairs=bool(xcorr_weight))
+    totals: list[Tensor] = []
     parts: dict[str, Tensor] = {}
-    for domain, z in (("t", z_t), ("s", z_s), ("i", z_i)):
-        parts[f"sim_{domain}"] = similarity(z)
-        parts[f"vac_{domain}"] = torch.stack([variance_covariance(view) for view in z]).sum()
+    # the widest first: what a pass needs beside its gradient comes on top of the gradients that are there
+    for domain, z, share in (("i", z_i, 1.0), ("t", z_t, DOMAIN_WEIGHT), ("s", z_s, DOMAIN_WEIGHT)):
+        _check("mgfd_loss", z[0])
+        width = z.shape[2]
+        total, energies, near = _evaluate(
+            z, options, hinge=share * VARIANCE_WEIGHT, covariance=share / width, on=share * xcorr_weight,
+            off=share * xcorr_weight * OFF_DIAGONAL_WEIGHT, pull=share * MSE_WEIGHT,
+        )  # fmt: skip
+        totals.append(total)
+        parts[f"sim_{domain}"] = near
+        parts[f"vac_{domain}"] = (VARIANCE_WEIGHT * energies.hinge + energies.covariance / width).sum()
         if xcorr_weight:
-            pairs = itertools.combinations(z, 2)
-            parts[f"xcorr_{domain}"] = torch.stack([cross_correlation(a, b) for a, b in pairs]).sum()
+            parts[f"xcorr_{domain}"] = (energies.on_diagonal + OFF_DIAGONAL_WEIGHT * energies.off_diagonal).sum()
+    ordered = [f"{term}_{domain}" for domain in "tsi" for term in ("sim", "vac", "xcorr")]
+    return torch.stack(totals).sum(), {name: parts[name] for name in ordered if name in parts}
 
-    def over_domains(term: str) -> Tensor:
-        return parts[f"{term}_i"] + DOMAIN_WEIGHT * (parts[f"{term}_t"] + parts[f"{term}_s"])
 
-    total = MSE_WEIGHT * over_domains("sim") + over_domains("vac")
-    if xcorr_weight:
-        total = total + xcorr_weight * over_domains("xcorr")
-    return total, {name: part.detach() for name, part in parts.items()}
+def vicreg_loss(
+    z_a: Tensor, z_b: Tensor, *, invariance_weight: float = 25.0, variance_weight: float = 25.0,
+    covariance_weight: float = 1.0, eps: float = 1e-4,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Variance, invariance and covariance regularisation of two views.
+
+    `25 * mean (z_a - z_b)^2 + 25 * v + c` with v the mean over both views and all features of `relu(1 - sqrt(var + eps))`
+    and c the sum over both views of `sum_{i != j} cov_ij^2 / D`; variance and covariance over N - 1.
+
+    Args:
+        z_a: Embeddings of one view, (N, D).
+        z_b: Embeddings of another, (N, D).
+        invariance_weight: Weight of the mean squared error.
+        variance_weight: Weight of v.
+        covariance_weight: Weight of c.
+        eps: Added to the variances.
+    Returns:
+        The loss, (), and its unweighted detached parts `{"invariance", "variance", "covariance"}`, () each.
+    Raises:
+        ValueError: If z_a and z_b are not (N, D) of one shape with at least two samples.
+    Source: Bardes, Ponce, LeCun, "VICReg", ICLR 2022; the mean over views as in the authors' code.
+    """
+    _check_two("vicreg_loss", z_a, z_b, "z_a and z_b")
+    width = z_a.shape[1]
+    total, energies, near = _evaluate(
+        torch.stack((z_a, z_b)), Options(variance_eps=eps, pairs=False), hinge=variance_weight / 2,
+        covariance=covariance_weight / width, pull=invariance_weight,
+    )  # fmt: skip
+    parts = {"invariance": near, "variance": energies.hinge.mean(), "covariance": energies.covariance.sum() / width}
+    return total, parts
+
+
+def barlow_twins_loss(
+    z_a: Tensor, z_b: Tensor, *, off_diagonal_weight: float = 0.0051, eps: float = 1e-5
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Redundancy reduction between two views.
+
+    `sum_i (c_ii - 1)^2 + 0.0051 sum_{i != j} c_ij^2` with `c = normalise(z_a)^T normalise(z_b) / N`, features normalised as
+    BatchNorm without affine does in training: by the variance over N, to which eps is added.
+
+    Args:
+        z_a: Embeddings of one view, (N, D).
+        z_b: Embeddings of another, (N, D).
+        off_diagonal_weight: Weight of the second sum.
+        eps: Added to the variances.
+    Returns:
+        The loss, (), and its unweighted detached parts `{"on_diagonal", "off_diagonal"}`, () each.
+    Raises:
+        ValueError: If z_a and z_b are not (N, D) of one shape with at least two samples.
+    Source: Zbontar et al., "Barlow Twins", ICML 2021, and the authors' code.
+    """
+    _check_two("barlow_twins_loss", z_a, z_b, "z_a and z_b")
+    options = Options(std_eps=eps, correction=0)
+    total, energies, _ = _evaluate(torch.stack((z_a, z_b)), options, on=1.0, off=off_diagonal_weight)
+    return total, {"on_diagonal": energies.on_diagonal.sum(), "off_diagonal": energies.off_diagonal.sum()}
+
+
+def covariance_penalty(z: Tensor) -> Tensor:
+    """Penalise linear dependence of features.
+
+    `sum_{i != j} cov_ij^2 / D`, covariances over N - 1; the mean over views.
+
+    Args:
+        z: Embeddings, (N, D), or of views, (W, N, D).
+    Returns:
+        The loss, ().
+    Raises:
+        ValueError: If z is neither, or has fewer than two samples.
+    Source: c(Z) of Bardes, Ponce, LeCun, "VICReg", ICLR 2022.
+    """
+    views = z[None] if z.dim() == 2 else z
+    if views.dim() != 3 or len(views) < 1:
+        raise ValueError(
+            f"covariance_penalty: z must be (N, D) or (W, N, D), got {tuple(z.shape)}. Flatten or stack the embeddings."
+        )
+    _check("covariance_penalty", views[0])
+    return _evaluate(views, Options(pairs=False), covariance=1.0 / (len(views) * views.shape[2]))[0]
