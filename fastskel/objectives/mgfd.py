@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from fastskel.data.batch import Batch, concat_views
 from fastskel.data.views import ViewSpec
@@ -13,6 +14,7 @@ from fastskel.models.encoder import Encoder
 from fastskel.nn.grouped_norm import grouped_projector, uses_batch_statistics
 from fastskel.nn.init import Init, initialise
 from fastskel.nn.pool import token_max
+from fastskel.objectives.across import mgfd_across
 from fastskel.objectives.functional import mgfd_loss
 from fastskel.objectives.objective import OBJECTIVES, Objective, Terms
 
@@ -65,17 +67,30 @@ class MGFD(Objective):
         self.i_proj = projector(2 * d, 2 * d, 4 * d)
         self.s_proj = projector(d, 2 * d, 2 * d)
         self.t_proj = projector(d, 2 * d, 2 * d)
+        self.group: ProcessGroup | None = None
+        self.synchronised_norms = False
         initialise(self, init)
+
+    def share(self, group: ProcessGroup | None, *, synchronise_norms: bool = False) -> None:
+        """Take the loss over the batches (W, N, ...) of all processes of a group, under DistributedDataParallel.
+
+        Args:
+            group: Processes, e.g. `torch.distributed.group.WORLD`; None takes this process's batch alone.
+            synchronise_norms: Whether the projectors' BatchNorm sees the batches of all processes too; the reference's sees
+                those of one device.
+        """
+        self.group, self.synchronised_norms = group, synchronise_norms
 
     def project(self, y_t: Tensor, y_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project the views' pooled streams, (W, N, D) each, to z_t and z_s (W, N, 2D) and z_i (W, N, 4D).
 
         BatchNorm sees one view at a time, in order, as separate forward passes would.
         """
+        group = self.group if self.synchronised_norms else None
         return (
-            grouped_projector(self.t_proj, y_t),
-            grouped_projector(self.s_proj, y_s),
-            grouped_projector(self.i_proj, torch.cat([y_t, y_s], -1)),
+            grouped_projector(self.t_proj, y_t, group),
+            grouped_projector(self.s_proj, y_s, group),
+            grouped_projector(self.i_proj, torch.cat([y_t, y_s], -1), group),
         )
 
     def embed(self, encoder: Encoder, batch: Batch) -> dict[str, Tensor]:
@@ -85,7 +100,7 @@ class MGFD(Objective):
             `z_t` and `z_s` (W, N, 2D), `z_i` (W, N, 4D). Views of one shape share a pass of the encoder, and all share
             one of each projector.
         """
-        if self.training and len(batch) < 2:
+        if self.training and len(batch) < 2 and not self.synchronised_norms:
             raise ValueError(
                 "MGFD.embed: batch must have at least 2 samples in training, got 1. Statistics need two of them."
             )
@@ -106,10 +121,10 @@ class MGFD(Objective):
 
     def loss(self, embeddings: dict[str, Tensor], batch: Batch, progress: float) -> Terms:
         """Return the MG-FD loss of embeddings with leading (W, N) and its named terms, () each."""
-        total, terms = mgfd_loss(
-            embeddings["z_t"], embeddings["z_s"], embeddings["z_i"], xcorr_weight=self.xcorr_weight
-        )
-        return Terms(total, terms)
+        stacks = embeddings["z_t"], embeddings["z_s"], embeddings["z_i"]
+        if self.group is not None:
+            return Terms(*mgfd_across(*stacks, self.group, xcorr_weight=self.xcorr_weight))
+        return Terms(*mgfd_loss(*stacks, xcorr_weight=self.xcorr_weight))
 
 
 OBJECTIVES.add("mgfd", MGFD)
