@@ -17,7 +17,7 @@ test: $(STAMP) $(OLDEST)
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict fastskel
 	$(BIN)/python -m fastskel.bench.offline --strict
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m fastskel.bench.offline --strict
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m fastskel.bench.offline --sample --strict
 	@$(BIN)/python -m pytest -q -rs
 
 # torch first: the release that the constraints name, before anything else asks for one

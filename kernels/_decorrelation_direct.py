@@ -203,4 +203,5 @@ def _cases(kind: str, num_rows: int, width: int) -> list[CompileCase]:
     ]  # fmt: skip
 
 
-COMPILE_CASES = [*_cases("bf16", 8192, 2048), *_cases("fp32", 8192, 4096), *_cases("fp16", 8192, 2048)[1:]]
+# float32 first, which is the sample: Triton 3.6 fails to compile 16-bit inputs for sm_100
+COMPILE_CASES = [*_cases("fp32", 8192, 4096), *_cases("bf16", 8192, 2048), *_cases("fp16", 8192, 2048)[1:]]

@@ -5,15 +5,17 @@ The largest batch takes a minute a call: it is timed where FASTSKEL_BENCH_LARGE=
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from fastskel.bench.harness import relative_l2
+from fastskel.bench.harness import peak_bytes, relative_l2
 from fastskel.bench.reference.loss import total
 from fastskel.kernels import decorrelation as kernel_module
+from fastskel.kernels._decorrelation_triton import decorrelate_triton
 from fastskel.kernels.decorrelation import Forms, decorrelation_cost
 from torch import Tensor
 
@@ -25,10 +27,11 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("Deprec
 QUICK = os.environ.get("FASTSKEL_BENCH_QUICK") == "1"
 LARGE = [8192] if os.environ.get("FASTSKEL_BENCH_LARGE") == "1" else []
 # samples of four views; widths of the temporal, spatial and joint embeddings, float32
-CASES = [6, 40] if QUICK else [64, 356, 1024, *LARGE]
+SIZES = [356, 1024, 4096, 16384] if torch.cuda.is_available() else [64, 356, 1024, *LARGE]
+CASES = [6, 40] if QUICK else SIZES
 WIDTHS = (16, 16, 32) if QUICK else (2048, 2048, 4096)
 NUM_VIEWS = 4
-PROVIDERS = ["direct", "compiled", "gram", "blocked", "auto"]
+PROVIDERS = ["direct", "compiled", "gram", "blocked", "auto", "triton-ieee", "triton-tf32x3"]
 FORMS = {"gram": Forms("gram", "gram"), "blocked": Forms("direct", "direct")}
 # roundings of float32, of sums in another order
 TOLERANCE = 1e-5
@@ -55,7 +58,7 @@ def ours(z_t: Tensor, z_s: Tensor, z_i: Tensor) -> Tensor:
 def setup(num_rows: int, provider: str) -> Callable[[], list[Tensor]]:
     """Prepare the loss and its gradients by one provider."""
     z = inputs(num_rows)
-    function = ours if provider in (*FORMS, "auto") else direct
+    function = direct if provider in ("direct", "compiled") else ours
     if provider == "compiled":
         function = torch.compile(direct, dynamic=False)
 
@@ -70,9 +73,12 @@ def setup(num_rows: int, provider: str) -> Callable[[], list[Tensor]]:
 @pytest.mark.parametrize("num_rows", CASES, ids="N{}".format)
 def bench_decorrelation(benchmark: Any, monkeypatch: pytest.MonkeyPatch, num_rows: int, provider: str) -> None:
     """Time loss and gradients after checking them; reports TFLOP/s of the products that the cheapest form has."""
+    if provider.startswith("triton"):
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        triton = functools.partial(decorrelate_triton, input_precision=provider.partition("-")[2])
+        monkeypatch.setattr(kernel_module, "_pass_for", lambda z: triton)
     if provider in FORMS:
-        if torch.cuda.is_available():
-            pytest.skip("a GPU's kernels choose their form: see auto")
         monkeypatch.setattr(kernel_module, "choose_form", lambda *sizes: FORMS[provider])
     call = setup(num_rows, provider)
     for value, target in zip(call(), setup(num_rows, "direct")(), strict=True):
@@ -89,4 +95,6 @@ def bench_decorrelation(benchmark: Any, monkeypatch: pytest.MonkeyPatch, num_row
         costs = [decorrelation_cost(NUM_VIEWS, num_rows, width, 4, backward=True) for width in WIDTHS]
         median = benchmark.stats.stats.median
         benchmark.extra_info["teraflops_per_second"] = sum(cost.flops for cost in costs) / median / 1e12
+        if torch.cuda.is_available():
+            benchmark.extra_info["peak_bytes"] = peak_bytes(call, torch.device("cuda"))
         benchmark.extra_info["gigabytes_per_second"] = sum(cost.bytes for cost in costs) / median / 1e9
