@@ -209,7 +209,7 @@ class _Pass:
         if self.weights is not None and self.grad is not None:
             matrix.mul_(self.weights.covariance[view] * (4.0 / (self.rows - 1) ** 2))
             for columns in _blocks(self.z):
-                self.grad[view, :, columns] += _product(matrix, x[:, columns].contiguous().mT)
+                self.grad[view, :, columns].add_(_product(matrix, x[:, columns].contiguous().mT))
         return energy
 
     def covariance_directly(self, view: int) -> Tensor:
@@ -222,7 +222,7 @@ class _Pass:
             parts.append(_inner(panel, panel))
             if self.weights is not None and self.grad is not None:
                 panel.mul_(self.weights.covariance[view] * (4.0 / (self.rows - 1) ** 2))
-                self.grad[view, :, columns] += _product(x, panel)
+                self.grad[view, :, columns].add_(_product(x, panel))
         return torch.stack(parts).sum() / (self.rows - 1) ** 2
 
     def pairs_by_gram(self) -> tuple[Tensor, Tensor | None]:
@@ -257,10 +257,10 @@ class _Pass:
                 if self.weights is None or self.grad is None:
                     continue
                 panel.mul_(self.weights.off_diagonal[pair] * (2.0 / self.rows**2))
-                self.grad[a, :, columns] += _product(u[b], panel)
+                self.grad[a, :, columns].add_(_product(u[b], panel))
                 # in pieces: what is added to (N, D) need not be another of that size
                 for other in _blocks(self.z):
-                    self.grad[b, :, other] += _product(part, panel[:, other].contiguous().mT)
+                    self.grad[b, :, other].add_(_product(part, panel[:, other].contiguous().mT))
             energies.append(torch.stack(parts).sum() / self.rows**2)
         return torch.stack(energies)
 
@@ -284,8 +284,9 @@ class _Pass:
             if grams is None:
                 grad = out * scale[:, None]
             else:
-                grad = torch.stack([_product(gram, view.mT) for gram, view in zip(grams, x)])
-                grad.mul_(scale.square()[:, None])
+                grad, square = torch.empty_like(x), scale.square()
+                for view in range(self.num_views):
+                    torch.mul(_product(grams[view], x[view].mT), square[view], out=grad[view])
             taken += (grad * x).sum(1)
             diagonal -= taken * scale.square() / (self.rows - self.options.correction)
             mixing.diagonal().copy_(diagonal.mT)
