@@ -104,9 +104,19 @@ def _column_dots_kernel(
         tl.store(p_dots + i_p * D + i_d, tl.div_rn(tl.sum(b_sum, 0), num_rows.to(tl.float32)), mask=m_d)
 
 
-@jit(do_not_specialize=[*SIZES, "num_partial", "gamma", "variance_eps"])
+@jit()
+def _wide_sum(p_partial, count, BLOCK: tl.constexpr):
+    b_sum = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, count, BLOCK):
+        i_s = start + tl.arange(0, BLOCK)
+        b_sum += tl.load(p_partial + i_s, mask=i_s < count, other=0.0).to(tl.float64)
+    return tl.sum(b_sum, 0)
+
+
+@jit(do_not_specialize=[*SIZES, "num_squares", "num_products", "gamma", "variance_eps"])
 def _energies_kernel(
-    p_partial, p_stats, p_dots, p_hinge, p_covariance, p_on, p_off, num_partial, num_rows, gamma, variance_eps,
+    p_squares, p_products, p_stats, p_dots, p_hinge, p_covariance, p_on, p_off,
+    num_squares, num_products, num_rows, gamma, variance_eps,
     W: tl.constexpr, D: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o_sum = tl.arange(0, BLOCK)
@@ -115,66 +125,68 @@ def _energies_kernel(
         num_items = W + W * (W - 1) // 2
     wide = num_rows.to(tl.float64)
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        view = item < W
-        i_a, i_b = _pair_of(tl.maximum(item - W, 0), W)
-        i_entry = tl.where(view, item * (W + 1), i_a * W + i_b)
         # wide, because the diagonal is taken off a sum that it dominates where features are decorrelated
-        b_total = tl.zeros([BLOCK], tl.float64)
-        for start in range(0, num_partial, BLOCK):
-            i_s = start + o_sum
-            o_s = i_s.to(tl.int64) * (W * W) + i_entry
-            b_total += tl.load(p_partial + o_s, mask=i_s < num_partial, other=0.0).to(tl.float64)
-        total = tl.sum(b_total, 0)
         b_first = tl.zeros([BLOCK], tl.float64)
         b_square = tl.zeros([BLOCK], tl.float64)
-        if view:
+        if item < W:
             for start in range(0, D, BLOCK):
                 i_d = start + o_sum
                 b_moment = tl.load(p_stats + (W + item) * D + i_d, mask=i_d < D, other=0.0)
                 b_below = gamma - tl.sqrt_rn(tl.div_rn(b_moment, (num_rows - 1).to(tl.float32)) + variance_eps)
                 b_first += tl.where((b_below <= 0) | (i_d >= D), 0.0, b_below).to(tl.float64)
                 b_square += b_moment.to(tl.float64) * b_moment.to(tl.float64)
-            if DIAGONAL:
-                total -= tl.sum(b_square, 0)
             tl.store(p_hinge + item, (tl.sum(b_first, 0) / D).to(tl.float32))
-            tl.store(p_covariance + item, (total / ((wide - 1) * (wide - 1))).to(tl.float32))
-        else:
-            if p_dots is not None:
-                for start in range(0, D, BLOCK):
-                    i_d = start + o_sum
-                    b_c = tl.load(p_dots + (item - W) * D + i_d, mask=i_d < D, other=0.0).to(tl.float64)
-                    b_first += tl.where(i_d < D, (b_c - 1) * (b_c - 1), 0.0)
-                    b_square += b_c * b_c
-                total = total / (wide * wide)
+            if p_squares is None:
+                tl.store(p_covariance + item, 0.0)
+            else:
+                total = _wide_sum(p_squares + tl.cast(item, tl.int64) * num_squares, num_squares, BLOCK)
                 if DIAGONAL:
                     total -= tl.sum(b_square, 0)
-                tl.store(p_on + item - W, tl.sum(b_first, 0).to(tl.float32))
-                tl.store(p_off + item - W, total.to(tl.float32))
+                tl.store(p_covariance + item, (total / ((wide - 1) * (wide - 1))).to(tl.float32))
+        else:
+            if p_dots is not None:
+                i_p = item - W
+                for start in range(0, D, BLOCK):
+                    i_d = start + o_sum
+                    b_c = tl.load(p_dots + i_p * D + i_d, mask=i_d < D, other=0.0).to(tl.float64)
+                    b_first += tl.where(i_d < D, (b_c - 1) * (b_c - 1), 0.0)
+                    b_square += b_c * b_c
+                total = _wide_sum(p_products + tl.cast(i_p, tl.int64) * num_products, num_products, BLOCK) / (wide * wide)
+                if DIAGONAL:
+                    total -= tl.sum(b_square, 0)
+                tl.store(p_on + i_p, tl.sum(b_first, 0).to(tl.float32))
+                tl.store(p_off + i_p, total.to(tl.float32))
 
 
 @jit()
 def store_gradient(
     b_k, b_u, i_w, i_tile, first, o_n, i_d, p_z, p_stats, p_dots, p_w_hinge, p_w_covariance, p_w_on, p_w_off, p_dx, p_sums,
     stride_w, stride_n, num_rows, gamma, variance_eps,
-    W: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, DIAGONAL: tl.constexpr,
+    W: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, COVARIANCES: tl.constexpr, ADD: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """Store a tile of the gradient before centring, and its column sums, from the products of the two kinds of energy.
 
-    `b_k` is K x, or x C; `b_u` the weighted sum over other views of G u, or u C'. Their diagonals are inside with DIAGONAL.
+    `b_k` is K x, or x C, and counts with COVARIANCES; `b_u` is the weighted sum over other views of G u, or u C', and counts
+    with `p_dots`. Their diagonals are inside with DIAGONAL. With ADD the hinge and the covariances are in `p_dx` already;
+    without `p_sums` more is still to be added.
     """
     m_d = i_d < D
-    o_row = i_w * D + i_d
-    b_x = load_centred(p_z, p_stats, i_w, first, o_n, i_d, num_rows, stride_w, stride_n, D, UNIT)
-    b_moment = tl.load(p_stats + W * D + o_row, mask=m_d, other=1.0)
-    rows = num_rows.to(tl.float32)
-    b_deviation = tl.sqrt_rn(tl.div_rn(b_moment, rows - 1) + variance_eps)
-    b_own = tl.div_rn(-tl.load(p_w_hinge + i_w) / D, (rows - 1) * b_deviation)
-    b_own = tl.where(b_deviation >= gamma, 0.0, b_own)
-    weight = tl.load(p_w_covariance + i_w) * tl.div_rn(4.0, (rows - 1) * (rows - 1))
-    if DIAGONAL:
-        b_k -= b_x * b_moment[None, :]
-    b_dx = weight * b_k + b_x * b_own[None, :]
     m_n = (first + o_n < num_rows)[:, None]
+    o_row = i_w * D + i_d
+    p_tile = p_dx + (tl.cast(i_w, tl.int64) * num_rows + first) * D + o_n[:, None] * D + i_d[None, :]
+    b_x = load_centred(p_z, p_stats, i_w, first, o_n, i_d, num_rows, stride_w, stride_n, D, UNIT)
+    rows = num_rows.to(tl.float32)
+    if ADD:
+        b_dx = tl.load(p_tile, mask=m_n & m_d[None, :], other=0.0)
+    else:
+        b_moment = tl.load(p_stats + W * D + o_row, mask=m_d, other=1.0)
+        b_deviation = tl.sqrt_rn(tl.div_rn(b_moment, rows - 1) + variance_eps)
+        b_own = tl.div_rn(-tl.load(p_w_hinge + i_w) / D, (rows - 1) * b_deviation)
+        b_dx = b_x * tl.where(b_deviation >= gamma, 0.0, b_own)[None, :]
+        if COVARIANCES:
+            if DIAGONAL:
+                b_k -= b_x * b_moment[None, :]
+            b_dx += tl.load(p_w_covariance + i_w) * tl.div_rn(4.0, (rows - 1) * (rows - 1)) * b_k
     o_sums = i_tile * 2 * W * D + o_row
     if p_dots is not None:
         b_u *= tl.div_rn(2.0, rows * rows)
@@ -191,9 +203,9 @@ def store_gradient(
         b_rstd = tl.load(p_stats + 2 * W * D + o_row, mask=m_d, other=0.0)
         b_dx += b_u * b_rstd[None, :]
         tl.store(p_sums + o_sums + W * D, tl.sum(tl.where(m_n, b_u * (b_x * b_rstd[None, :]), 0.0), 0), mask=m_d)
-    tl.store(p_sums + o_sums, tl.sum(tl.where(m_n, b_dx, 0.0), 0), mask=m_d)
-    p_first = p_dx + (tl.cast(i_w, tl.int64) * num_rows + first) * D
-    tl.store(p_first + o_n[:, None] * D + i_d[None, :], b_dx, mask=m_n & m_d[None, :])
+    if p_sums is not None:
+        tl.store(p_sums + o_sums, tl.sum(tl.where(m_n, b_dx, 0.0), 0), mask=m_d)
+    tl.store(p_tile, b_dx, mask=m_n & m_d[None, :])
 
 
 def grid(items: int, device: torch.device, occupancy: int = OCCUPANCY) -> tuple[int]:
@@ -214,21 +226,22 @@ def column_dots(z: Tensor, stats: Tensor) -> Tensor:
     return dots
 
 
-def energies_of(work: Work, partial: Tensor, diagonal: bool) -> Energies:
+def energies_of(work: Work, squares: Tensor | None, products: Tensor | None, diagonal: bool) -> Energies:
     """Launch the last sums.
 
     Args:
         work: What the form computed from.
-        partial: Partial sums of squares, (.., W, W): at (w, w) of K_w or C_w, at (a, b) above the diagonal <G_a, G_b> or
-            the squares of u_a' u_b.
+        squares: Parts of the sums of squares of K_w or C_w, (W, ..); None without covariances.
+        products: Parts of <G_a, G_b> or of the sums of squares of u_a' u_b, (P, ..); None without pairs.
         diagonal: Whether the diagonals are inside these sums.
     """
     w, n, d = work.z.shape
     pairs = 0 if work.dots is None else len(work.dots)
-    energies = Energies(*(partial.new_empty(size) for size in (w, w, pairs, pairs)))
-    with device_of(partial):
+    energies = Energies(*(work.stats.new_empty(size) for size in (w, w, pairs, pairs)))
+    counts = (0 if squares is None else squares[0].numel(), 0 if products is None else products[0].numel())
+    with device_of(work.z):
         _energies_kernel[(w + pairs,)](
-            partial, work.stats, work.dots, *energies, partial.numel() // (w * w), n,
+            squares, products, work.stats, work.dots, *energies, *counts, n,
             work.options.gamma, work.options.variance_eps, W=w, D=d, DIAGONAL=diagonal, BLOCK=BLOCK_SUM,
             num_warps=NUM_WARPS, num_stages=1, **OPTIONS,
         )  # fmt: skip
@@ -258,7 +271,8 @@ def _compile_cases() -> list[CompileCase]:
             )
         )  # fmt: skip
     outputs = ("p_hinge", "p_covariance", "p_on", "p_off")
-    signature = case_signature("fp32", ("p_partial", "p_stats", "p_dots", *outputs), ("num_partial", *SIZES))
+    sums = ("p_squares", "p_products", "p_stats", "p_dots")
+    signature = case_signature("fp32", (*sums, *outputs), ("num_squares", "num_products", *SIZES))
     cases.append(
         CompileCase(
             "D=4096", _energies_kernel, {**signature, "gamma": "fp32", "variance_eps": "fp32"},

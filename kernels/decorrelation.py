@@ -12,6 +12,9 @@ and the hinge adds -h x [sqrt(var + eps) < gamma] / (D (N - 1) sqrt(var + eps)),
 sum to zero, so that what flows through the mean is nothing. That is the Gram form: 2 W symmetric matrices N x N and as many
 products of one with (N, D). Where N is well above D, the direct form takes panels of x'x or u_a'u_b with their diagonals
 set to zero, one at a time, and uses each for energy and gradient at once. Either form serves either energy.
+A feature that cannot be standardised (of variance 0 where std_eps is 0, or not finite) makes NaN where autograd of the definition
+has it: in the energies of its view's pairs, in its own gradient, and in those of all features of the other views, for it is
+correlated with each of them; its view's other features keep theirs. What is not finite makes NaN of its view's covariances too.
 Bytes moved: z read and the gradient written; eager torch passes some ten times over each of W + P matrices D x D.
 Source: the identity of Frobenius norms of x'x and xx'; energies as in VICReg (Bardes et al., 2022) and Barlow Twins
 (Zbontar et al., 2021).
@@ -78,7 +81,7 @@ def decorrelation(z: Tensor, options: Options = DEFAULTS) -> Energies:
 
     Args:
         z: Embeddings, (W, N, D), float64, float32, bfloat16 or float16.
-        options: Constants of the energies, and whether pairs of views are compared.
+        options: Constants of the energies, and which of them are computed.
     Returns:
         Energies, (W,) or (P,) each, float64 for float64 and else float32, whatever autocast says.
     Raises:
@@ -106,7 +109,7 @@ def decorrelate(z: Tensor, options: Options, weights: Energies | None = None) ->
 
     Args:
         z: Embeddings, (W, N, D).
-        options: Constants of the energies, and whether pairs of views are compared.
+        options: Constants of the energies, and which of them are computed.
         weights: A weight for each energy, (W,), (W,), (P,) and (P,) on the device of z; P is 0 without pairs.
     Returns:
         The energies, and the gradient (W, N, D) in float32, in float64 for float64, or None without weights.
@@ -118,12 +121,7 @@ def decorrelate(z: Tensor, options: Options, weights: Energies | None = None) ->
     return Energies(*energies), grad
 
 
-def _onednn_available() -> bool:
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-_ONEDNN = _onednn_available()
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -151,7 +149,7 @@ def _gram(x: Tensor, out: Tensor) -> None:
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """Return the sum of a * b for (I, J), (), in float64: it is made of many terms, and others are taken off."""
     rows = _step(a.device, a.shape[-1], len(a), 1)
-    return torch.stack([(p * q).sum(dtype=torch.float64) for p, q in zip(a.split(rows), b.split(rows))]).sum()
+    return torch.stack([(p * q).sum(dtype=torch.float64) for p, q in zip(torch.split(a, rows), torch.split(b, rows))]).sum()
 
 
 def _step(device: torch.device, others: int, size: int, least: int) -> int:
@@ -172,7 +170,8 @@ class _Pass:
         self.z, self.options = z, options
         self.type = torch.promote_types(z.dtype, torch.float32)
         self.num_views, self.rows, self.width = z.shape
-        self.first, self.second = zip(*pairs_of(self.num_views)) if options.pairs and self.num_views > 1 else ((), ())
+        pairs: list[tuple[int, int]] = pairs_of(self.num_views) if options.pairs else []
+        self.first, self.second = [a for a, _ in pairs], [b for _, b in pairs]
         self.weights = None if weights is None else Energies(*(weight.to(self.type) for weight in weights))
         self.grad = None if weights is None else self.empty(*z.shape)
         # the mean and its rounding error, without which columns of large means would not sum to zero
@@ -191,8 +190,13 @@ class _Pass:
         return self.z.new_empty(shape, dtype=self.type)
 
     def centred(self, views: int | slice, columns: slice = ALL) -> Tensor:
-        x = self.z[views, :, columns].to(self.type) - self.mean[views, :, columns]
+        x: Tensor = self.z[views, :, columns].to(self.type) - self.mean[views, :, columns]
         return x.sub_(self.rest[views, :, columns])
+
+    def scales_of_pairs(self, columns: slice = ALL) -> Tensor:
+        """Return products of the scales of both views, (P, B), for P at least 1; no list of views is sent to a GPU."""
+        scales = self.scale[:, columns]
+        return torch.stack([scales[a] * scales[b] for a, b in zip(self.first, self.second)])
 
     def spread(self, values: Tensor, matrix: Tensor) -> None:
         """Write values of pairs (P, ...) to a symmetric matrix (W, W, ...), one by one: index lists would be copied to a GPU."""
@@ -205,7 +209,7 @@ class _Pass:
         x, matrix = self.centred(view), self.empty(self.rows, self.rows)
         _gram(x, matrix)
         moment = self.moment[view].double()
-        energy = (_inner(matrix, matrix) - moment.square().sum()) / (self.rows - 1) ** 2
+        energy: Tensor = (_inner(matrix, matrix) - moment.square().sum()) / (self.rows - 1) ** 2
         if self.weights is not None and self.grad is not None:
             matrix.mul_(self.weights.covariance[view] * (4.0 / (self.rows - 1) ** 2))
             for columns in _blocks(self.z):
@@ -234,10 +238,14 @@ class _Pass:
         energies = torch.stack(parts) / self.rows**2
         if self.weights is None:
             return energies, None
-        mixing = grams.new_zeros(self.num_views, self.num_views)
-        self.spread(self.weights.off_diagonal * (2.0 / self.rows**2), mixing)
-        for rows in grams.split(_step(self.z.device, self.num_views * self.rows, self.rows, 1), 1):
-            rows.copy_((mixing @ rows.flatten(1)).view_as(rows))
+        factors = self.weights.off_diagonal * (2.0 / self.rows**2)
+        for rows in torch.split(grams, _step(self.z.device, self.num_views * self.rows, self.rows, 1), 1):
+            mixed = torch.zeros_like(rows)
+            # no view has a part of its own, not even times zero, which would spread the NaN of one constant feature
+            for factor, a, b in zip(factors, self.first, self.second):
+                mixed[a].addcmul_(rows[b], factor)
+                mixed[b].addcmul_(rows[a], factor)
+            rows.copy_(mixed)
         return energies, grams
 
     def pairs_directly(self) -> Tensor:
@@ -302,15 +310,14 @@ class _Pass:
         deviation = torch.sqrt(moment / (self.rows - 1) + self.options.variance_eps)
         slope = -self.weights.hinge[:, None] / (self.width * (self.rows - 1)) / deviation
         factor = torch.where(deviation < self.options.gamma, slope, 0.0)
-        if forms.covariance == "gram":
+        if forms.covariance == "gram" and self.options.covariances:
             factor -= moment * (4.0 / (self.rows - 1) ** 2 * self.weights.covariance[:, None])
         return factor
 
     def _mixing(self, forms: Forms, columns: slice, dots: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors of views x in the gradients of others, (W, W, B), and their part of sum_n(s du x), (W, B)."""
         assert self.weights is not None
-        scales = self.scale[:, columns]
-        scale = torch.stack([scales[a] * scales[b] for a, b in zip(self.first, self.second)]) / self.rows
+        scale = self.scales_of_pairs(columns) / self.rows
         correlation = dots * scale
         factor = self.weights.on_diagonal[:, None] * (correlation - 1.0)
         if forms.pairs == "gram":
@@ -342,12 +349,14 @@ def decorrelate_torch(
         dots = state.sweep(forms, grams)
         del grams
         if state.first:
-            c = dots * state.scale[state.first, :] * state.scale[state.second, :] / state.rows
+            c = dots * state.scales_of_pairs() / state.rows
             on = (c - 1.0).square().sum(1)
             if forms.pairs == "gram":
                 off = off - c.square().sum(1, dtype=torch.float64)
-        one = state.covariance_by_gram if forms.covariance == "gram" else state.covariance_directly
-        covariance = torch.stack([one(view) for view in range(state.num_views)])
+        covariance = state.moment.new_zeros(state.num_views)
+        if options.covariances:
+            one = state.covariance_by_gram if forms.covariance == "gram" else state.covariance_directly
+            covariance = torch.stack([one(view) for view in range(state.num_views)])
         deviation = torch.sqrt(state.moment / (state.rows - 1) + options.variance_eps)
         hinge = torch.relu(options.gamma - deviation).mean(1)
         energies = Energies(hinge, covariance.to(state.type), on, off.to(state.type))
@@ -361,7 +370,7 @@ def _pass_for(z: Tensor) -> Callable[[Tensor, Options, Energies | None], tuple[E
 
 
 def decorrelation_cost(
-    num_views: int, num_rows: int, width: int, itemsize: int, pairs: bool = True, backward: bool = False
+    num_views: int, num_rows: int, width: int, itemsize: int, *, options: Options = DEFAULTS, backward: bool = False
 ) -> Cost:
     """Return what the energies of (W, N, D), or they and a gradient, cost at least, each in the form of fewer operations."""
     # half of a symmetric matrix, and its product with all rows or all columns
@@ -371,21 +380,22 @@ def decorrelation_cost(
     gram = num_views * times * num_rows**2 * width
     size = num_views * num_rows * width
     return Cost(
-        covariance + (min(direct, gram) if pairs and num_views > 1 else 0),
+        covariance * options.covariances + min(direct, gram) * (options.pairs and num_views > 1),
         size * (itemsize + (max(itemsize, 4) if backward else 0)),
     )
 
 
-_OPTIONS = "float gamma, float variance_eps, float std_eps, int correction, bool pairs"
+_OPTIONS = "float gamma, float variance_eps, float std_eps, int correction, bool pairs, bool covariances"
+_COUNT = len(Options._fields)
 
 
-def _energies(z: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _energies(z: Tensor, *options: Any) -> tuple[Tensor, ...]:
     energies, _ = _pass_for(z)(z, Options(*options), None)
     return tuple(energies)
 
 
-def _energies_and_gradient(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options, weights = Options(*rest[:5]), Energies(*rest[5:])
+def _energies_and_gradient(z: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    options, weights = Options(*rest[:_COUNT]), Energies(*rest[_COUNT:])
     energies, grad = _pass_for(z)(z, options, weights)
     return (*energies, grad)
 
@@ -402,7 +412,7 @@ _gradient_operator = torch.library.custom_op(
 
 
 @_operator.register_fake
-def _(z: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(z: Tensor, *options: Any) -> tuple[Tensor, ...]:
     views = z.shape[0]
     num_pairs = views * (views - 1) // 2 if Options(*options).pairs else 0
     wide = torch.promote_types(z.dtype, torch.float32)
@@ -410,19 +420,19 @@ def _(z: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @_gradient_operator.register_fake
-def _(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(z: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     wide = torch.promote_types(z.dtype, torch.float32)
-    return (*(torch.empty_like(weight, dtype=wide) for weight in rest[5:]), z.new_empty(z.shape, dtype=wide))
+    return (*(torch.empty_like(weight, dtype=wide) for weight in rest[_COUNT:]), z.new_empty(z.shape, dtype=wide))
 
 
 @register_flop_formula(torch.ops.fastskel.decorrelation)
-def _flops(z: tuple[int, ...], *options: Any, **_: Any) -> int:
-    return decorrelation_cost(*z, 4, Options(*options).pairs).flops
+def _flops(z: tuple[int, int, int], *options: Any, **_: Any) -> int:
+    return int(decorrelation_cost(*z, 4, options=Options(*options)).flops)
 
 
 @register_flop_formula(torch.ops.fastskel.decorrelation_gradient)
-def _gradient_flops(z: tuple[int, ...], *rest: Any, **_: Any) -> int:
-    return decorrelation_cost(*z, 4, rest[4], backward=True).flops
+def _gradient_flops(z: tuple[int, int, int], *rest: Any, **_: Any) -> int:
+    return int(decorrelation_cost(*z, 4, options=Options(*rest[:_COUNT]), backward=True).flops)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -434,7 +444,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     (z,) = ctx.saved_tensors
     *_, grad = _gradient_operator(z, *ctx.options, *grads)
-    return grad.to(z.dtype), None, None, None, None, None
+    return grad.to(z.dtype), *(None for _ in ctx.options)
 
 
 _operator.register_autograd(_differentiate, setup_context=_keep)

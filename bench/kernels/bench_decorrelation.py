@@ -47,7 +47,8 @@ def inputs(num_rows: int) -> list[Tensor]:
 
 def direct(z_t: Tensor, z_s: Tensor, z_i: Tensor) -> Tensor:
     """What the published training computes."""
-    return total(list(z_t.unbind()), list(z_s.unbind()), list(z_i.unbind()), "aaai")
+    value: Tensor = total(list(z_t.unbind()), list(z_s.unbind()), list(z_i.unbind()), "aaai")
+    return value
 
 
 def ours(z_t: Tensor, z_s: Tensor, z_i: Tensor) -> Tensor:

@@ -17,9 +17,11 @@ class Options(NamedTuple):
     Attributes:
         gamma: Deviation below which a feature's hinge is above zero.
         variance_eps: Added to variances in the hinge.
-        std_eps: Added to variances where features are standardised; with 0 a constant feature gives NaN.
+        std_eps: Added to variances where features are standardised; with 0 a constant feature gives NaN: in the energies of its
+            view's pairs, in its own gradient and in those of all features of the other views.
         correction: Variances that standardise are sums over N - correction.
         pairs: Whether pairs of views are compared at all.
+        covariances: Whether covariances are computed; where not, their energies are 0 and their weights do not count.
     """
 
     gamma: float = 1.0
@@ -27,6 +29,7 @@ class Options(NamedTuple):
     std_eps: float = 0.0
     correction: int = 1
     pairs: bool = True
+    covariances: bool = True
 
 
 class Energies(NamedTuple):
@@ -65,7 +68,9 @@ def decorrelation(z: Tensor, options: Options = DEFAULT) -> Energies:
     x = z - z.mean(1, keepdim=True)
     variance = x.square().sum(1) / (n - 1)
     hinge = torch.relu(options.gamma - torch.sqrt(variance + options.variance_eps)).mean(1)
-    covariance = torch.stack([_off_diagonal(view.T @ view / (n - 1)) for view in x])
+    covariance = hinge.new_zeros(num_views)
+    if options.covariances:
+        covariance = torch.stack([_off_diagonal(view.T @ view / (n - 1)) for view in x])
     on, off = [], []
     if options.pairs:
         u = x / torch.sqrt(x.square().sum(1, keepdim=True) / (n - options.correction) + options.std_eps)

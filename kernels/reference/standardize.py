@@ -26,15 +26,15 @@ def standardize(z: Tensor, eps: float = 0.0, correction: int = 1) -> Tensor:
 
 
 def standardize_forward(z: Tensor, eps: float, correction: int) -> tuple[Tensor, Tensor]:
-    """Return what `standardize` does, and the statistics (3, W, D) that its gradient needs."""
+    """Return what `standardize` does, contiguous as a kernel's result, and the statistics (3, W, D) that its gradient needs."""
     stats = statistics(z, eps, correction)
     mean, _, rstd = stats[:, :, None]
-    return ((_wide(z) - mean) * rstd).to(z.dtype), stats
+    return ((_wide(z) - mean) * rstd).to(z.dtype).contiguous(), stats
 
 
 def standardize_backward(grad: Tensor, z: Tensor, stats: Tensor, correction: int) -> Tensor:
-    """Return the gradient (W, N, D) of z, in its type, from that of the standardised features."""
+    """Return the gradient (W, N, D) of z, contiguous in its type, from that of the standardised features."""
     mean, _, rstd = stats[:, :, None]
     g, u = _wide(grad), (_wide(z) - mean) * rstd
     projection = (g * u).sum(1, keepdim=True) / (z.shape[1] - correction)
-    return (rstd * (g - g.mean(1, keepdim=True) - u * projection)).to(z.dtype)
+    return (rstd * (g - g.mean(1, keepdim=True) - u * projection)).to(z.dtype).contiguous()

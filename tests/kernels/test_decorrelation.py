@@ -27,7 +27,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
-OPTIONS = [Options(), Options(pairs=False), Options(gamma=1.3, std_eps=1e-5, correction=0)]
+OPTIONS = {
+    "published": Options(),
+    "no-pairs": Options(pairs=False),
+    "no-covariances": Options(covariances=False),
+    "hinge": Options(pairs=False, covariances=False),
+    "batch-norm": Options(gamma=1.3, std_eps=1e-5, correction=0),
+}
 FORMS = [Forms(*pair) for pair in itertools.product(("gram", "direct"), repeat=2)]
 # (views, samples, features): N below, at and above D; two samples; one view; rows, columns and panels in several blocks
 SHAPES = [(4, 6, 9), (4, 9, 9), (4, 20, 7), (2, 2, 5), (2, 3, 1), (1, 5, 4), (8, 5, 3), (3, 130, 60), (3, 300, 40), (4, 40, 1300)]
@@ -65,7 +71,7 @@ def distance(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(floor)) if len(b) else 0.0
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["published", "no-pairs", "batch-norm"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_both_forms_equal_the_definition(shape: tuple[int, int, int], options: Options) -> None:
     z = embeddings(*shape)
@@ -101,7 +107,7 @@ def test_operator_equals_the_definition(num_views: int) -> None:
     assert distance(*(differentiate(f, z, Options(), weights) for f in (decorrelation, reference))) <= 1e-12
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["published", "no-pairs", "batch-norm"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_gradcheck(options: Options) -> None:
     for shape in ((3, 5, 4), (2, 12, 3)):
         z = embeddings(*shape).requires_grad_()
@@ -142,32 +148,41 @@ def test_types(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(energies, decorrelation(z)))
 
 
-def test_a_constant_feature() -> None:
-    z = embeddings(3, 6, 4)
-    z[1, :, 2] = 2.0
-    weights = weights_for(reference(z))
-    for forms in FORMS:
-        energies, grad = decorrelate_torch(z, Options(), weights, forms)
-        # the pairs (0, 1) and (1, 2) have the view; (0, 2) has not
-        for energy, target in zip(energies, reference(z)):
-            torch.testing.assert_close(energy, target, rtol=1e-12, atol=0, equal_nan=True)
-        assert energies.on_diagonal.isnan().tolist() == energies.off_diagonal.isnan().tolist() == [True, False, True]
-        assert grad.isnan().any()
-        for options in (Options(pairs=False), Options(std_eps=1e-5)):
-            some = weights if options.pairs else Energies(weights[0], weights[1], weights[2][:0], weights[3][:0])
-            _, grad = decorrelate_torch(z, options, some, forms)
-            assert distance(grad, differentiate(reference, z, options, some)) <= 1e-12
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["published", "no-pairs", "no-covariances", "batch-norm"])
+@pytest.mark.parametrize("kind", ["constant", "nan", "inf"])
 @pytest.mark.parametrize("forms", FORMS, ids="-".join)
-def test_what_is_not_finite_stays_so(value: float, forms: Forms) -> None:
-    z = embeddings(3, 6, 4)
-    z[1, 2, 3] = value
-    energies, grad = decorrelate_torch(z, Options(), weights_for(reference(z)), forms)
-    assert energies.hinge.isnan().tolist() == energies.covariance.isnan().tolist() == [False, True, False]
-    assert energies.on_diagonal.isnan().tolist() == energies.off_diagonal.isnan().tolist() == [True, False, True]
-    assert grad[1].isnan().any()
+def test_what_is_no_number_is_where_the_definition_has_it(forms: Forms, kind: str, name: str) -> None:
+    options = OPTIONS[name]
+    for shape, view in (((3, 6, 4), 1), ((4, 20, 7), 3), ((2, 9, 3), 0)):
+        z = embeddings(*shape)
+        if kind == "constant":
+            z[view, :, 2] = 2.0
+        else:
+            z[view, 2, 2] = float(kind)
+        weights = weights_for(reference(z, options))
+        energies, grad = decorrelate_torch(z, options, weights, forms)
+        for energy, target in zip(energies, reference(z, options)):
+            torch.testing.assert_close(energy, target, rtol=1e-12, atol=0, equal_nan=True)
+        expected = differentiate(reference, z, options, weights)
+        assert torch.equal(grad.isnan(), expected.isnan()), shape
+        assert distance(grad.nan_to_num(), expected.nan_to_num(), floor=1e-3) <= 1e-12, shape
+        if (name, kind) == ("published", "constant"):
+            # its view's pairs have no energy, itself no gradient, nor has anything that is correlated with it
+            touched = torch.tensor([view in pair for pair in itertools.combinations(range(len(z)), 2)])
+            assert torch.equal(energies.on_diagonal.isnan(), touched) and torch.equal(energies.off_diagonal.isnan(), touched)
+            own = torch.arange(shape[2]) == 2
+            assert torch.equal(grad[view].isnan().all(0), own) and torch.equal(grad[view].isnan().any(0), own)
+            assert all(part.isnan().all() for other, part in enumerate(grad) if other != view)
+
+
+def test_weights_of_covariances_that_are_not_computed_do_not_count() -> None:
+    z, options = embeddings(3, 6, 4), Options(covariances=False)
+    weights = weights_for(reference(z, options))
+    bad = weights._replace(covariance=torch.full_like(weights.covariance, float("nan")))
+    for forms in FORMS:
+        energies, grad = decorrelate_torch(z, options, weights, forms)
+        assert not energies.covariance.any()
+        assert torch.equal(decorrelate_torch(z, options, bad, forms)[1], grad)
 
 
 def test_strides_and_repetition() -> None:
@@ -185,14 +200,16 @@ def test_strides_and_repetition() -> None:
 
 
 class Sizes(TorchDispatchMode):
-    """Record the shapes of what operators return."""
+    """Record the operators, and the shapes of what they return."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: set[tuple[int, ...]] = set()
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
         self.shapes |= {tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
         return out
 
@@ -212,6 +229,24 @@ def test_no_matrix_of_features_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
         decorrelate_torch(z, Options(), weights, Forms("direct", "direct"))
     assert (48, width) in direct.shapes
     assert not [shape for shape in direct.shapes if shape.count(width) > 1 or shape.count(rows) > 1]
+
+
+def test_what_is_not_computed_costs_nothing() -> None:
+    num_views, rows, width = 4, 16, 200
+    z = embeddings(num_views, rows, width, dtype=SINGLE)
+    weights = weights_for(reference(z))
+    products = {}
+    for name, forms in itertools.product(("published", "no-covariances", "hinge"), (FORMS[0], FORMS[-1])):
+        with Sizes() as seen:
+            some = weights if OPTIONS[name].pairs else weights._replace(on_diagonal=weights[2][:0], off_diagonal=weights[3][:0])
+            decorrelate_torch(z, OPTIONS[name], some, forms)
+        products[name, forms.pairs] = sum(operator in ("_linear_pointwise", "mm") for operator in seen.names)
+        # lists of views would be copied to a GPU
+        assert not {"index", "index_put_", "_local_scalar_dense"} & set(seen.names)
+    # of each view a Gram matrix, and a product of it
+    assert products["published", "gram"] - products["no-covariances", "gram"] == 2 * num_views
+    assert products["published", "direct"] - products["no-covariances", "direct"] == 2 * num_views
+    assert products["hinge", "gram"] == products["hinge", "direct"] == 0
 
 
 def test_forms_are_chosen_by_size() -> None:
@@ -234,7 +269,9 @@ def check_operators(device: torch.device | str) -> None:
     leaf = z.to(device).requires_grad_()
     torch.library.opcheck(torch.ops.fastskel.decorrelation.default, (leaf, *Options()))
     torch.library.opcheck(torch.ops.fastskel.decorrelation.default, (leaf.detach().bfloat16(), *Options(pairs=False)))
-    torch.library.opcheck(torch.ops.fastskel.decorrelation_gradient.default, (leaf.detach(), *Options(), *weights))
+    torch.library.opcheck(torch.ops.fastskel.decorrelation.default, (leaf, *Options(covariances=False)))
+    for options in (Options(), Options(covariances=False)):
+        torch.library.opcheck(torch.ops.fastskel.decorrelation_gradient.default, (leaf.detach(), *options, *weights))
 
 
 def test_opcheck_of_the_torch_form() -> None:
@@ -283,7 +320,10 @@ def test_cost() -> None:
     # K and G of each view, half of each; D x D where that is smaller, of the covariances and of a pair
     assert decorrelation_cost(4, 10, 1000, 2) == (4 * 2 * 10 * 10 * 1000, 4 * 10 * 1000 * 2)
     assert decorrelation_cost(2, 1000, 10, 4, backward=True).flops == 3 * (2 * 1000 * 10 * 10 + 2 * 1000 * 10 * 10)
-    assert decorrelation_cost(4, 10, 1000, 2, pairs=False, backward=True) == (4 * 3 * 10 * 10 * 1000, 4 * 10 * 1000 * 6)
+    covariances = decorrelation_cost(4, 10, 1000, 2, options=Options(pairs=False), backward=True)
+    assert covariances == (4 * 3 * 10 * 10 * 1000, 4 * 10 * 1000 * 6)
+    assert decorrelation_cost(4, 10, 1000, 2, options=Options(covariances=False)).flops == 4 * 10 * 10 * 1000
+    assert decorrelation_cost(4, 10, 1000, 2, options=Options(pairs=False, covariances=False)).flops == 0
 
 
 @pytest.mark.parametrize(
