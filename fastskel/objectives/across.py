@@ -6,23 +6,17 @@ processes: see `mgfd_across`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastskel.dist import exchange, gather_rows, rank_and_world, start_sum
-from fastskel.kernels.decorrelation import Energies, Options, pairs_of
-from fastskel.objectives.functional import (
-    DOMAIN_WEIGHT,
-    MSE_WEIGHT,
-    OFF_DIAGONAL_WEIGHT,
-    VARIANCE_EPSILON,
-    VARIANCE_WEIGHT,
-)
+from fastskel.kernels.decorrelation import TYPES, Energies, Options, pairs_of
+from fastskel.objectives.functional import Rows, attach, needs_gradient, pull, weigh_domains
 
 if TYPE_CHECKING:
     # builds of torch without it train in one process
@@ -40,7 +34,7 @@ class _Batch(NamedTuple):
 
     Attributes:
         x: Rows about the mean of the batch, (W, n, D).
-        centre: That mean, (W, D).
+        centre: That mean and its rounding error, which is taken off after it, (2, W, D).
         second: Sums of squares over the batch, (W, D).
         counts: Rows of every process, by rank.
         group: The processes.
@@ -88,19 +82,19 @@ def _sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
     return x
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _about_mean(z: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> _Batch:
-    wide = _accumulator(z.dtype)
-    centre = _sum(z.sum(1, dtype=wide), group) / sum(counts)
+    x, centre = z.to(torch.promote_types(z.dtype, torch.float32)), []
+    # a mean far above the deviation is rounded in units that are not small beside it
+    for _ in range(2):
+        centre.append(_sum(x.sum(1), group) / sum(counts))
+        x = x - centre[-1][:, None]
     # second moments of what is centred: differences of large sums would lose all digits
-    x = z.to(wide) - centre[:, None]
-    return _Batch(x, centre, _sum(x.square().sum(1), group), counts, group)
+    return _Batch(x, torch.stack(centre), _sum(x.square().sum(1), group), counts, group)
 
 
-def _by_grams(z: Tensor, batch: _Batch, u: Tensor, scale: Tensor, dots: Tensor, pair_weights: Tensor | None) -> _Parts:
+def _by_grams(
+    z: Tensor, batch: _Batch, u: Tensor, scale: Tensor, dots: Tensor, pair_weights: Tensor | None, covariances: bool
+) -> _Parts:
     """Compute from this process's rows of the N x N matrices x x' and u u', which need everybody's rows.
 
     Args:
@@ -110,36 +104,40 @@ def _by_grams(z: Tensor, batch: _Batch, u: Tensor, scale: Tensor, dots: Tensor, 
         scale: What standardises, (W, D).
         dots: Column sums of u_a * u_b, (P, D).
         pair_weights: Weights f_ab of the off-diagonal energies, (W, W), symmetric; None without gradient.
+        covariances: Whether x x' is computed.
     """
     x, (num_views, rows, _) = batch.x, batch.x.shape
     everyone = gather_rows(z, batch.group, batch.counts)
 
     def about_mean(view: int) -> Tensor:
-        return everyone[view].to(x.dtype) - batch.centre[view]
+        mean, rest = batch.centre[:, view]
+        centred: Tensor = everyone[view].to(x.dtype) - mean
+        return centred.sub_(rest)
 
     with_gradient = pair_weights is not None
-    grad_x, grad_u = torch.empty_like(x) if with_gradient else None, None
+    grad_x, grad_u = torch.zeros_like(x) if with_gradient else None, None
     grams = x.new_empty(len(u), rows, batch.num_rows)
-    energies = []
+    energies = x.new_zeros(num_views, dtype=torch.float64)
     for view in range(num_views):
         everything = about_mean(view)
-        gram = x[view] @ everything.T
-        energies.append(torch.linalg.vector_norm(gram, dim=1).double().square().sum())
-        if grad_x is not None:
-            torch.mm(gram, everything, out=grad_x[view])
+        if covariances:
+            gram = x[view] @ everything.T
+            energies[view] = torch.linalg.vector_norm(gram, dim=1).double().square().sum()
+            if grad_x is not None:
+                torch.mm(gram, everything, out=grad_x[view]).addcmul_(x[view], batch.second[view], value=-1.0)
         if len(u):
             torch.mm(u[view], everything.mul_(scale[view]).T, out=grams[view])
     # inner products of all pairs of matrices
     by_row = grams.transpose(0, 1)
     inner = (by_row @ by_row.mT).sum(0, dtype=torch.float64)
     # what the diagonals take away from these may be most of them
-    sums = _sum(torch.cat([torch.stack(energies), inner.flatten()]), batch.group)
-    covariance = sums[:num_views] - batch.second.double().square().sum(1)
+    sums = _sum(torch.cat([energies, inner.flatten()]), batch.group)
+    covariance = sums[:num_views]
+    if covariances:
+        covariance -= batch.second.double().square().sum(1)
     inner = sums[num_views:].view(len(u), len(u))
     pairs = pairs_of(len(u))
     off = torch.stack([inner[a, b] for a, b in pairs]) - dots.double().square().sum(1) if pairs else sums.new_zeros(0)
-    if grad_x is not None:
-        grad_x.addcmul_(x, batch.second[:, None], value=-1.0)
     if pairs and pair_weights is not None:
         grad_u = torch.empty_like(u)
         for view in range(num_views):
@@ -165,7 +163,7 @@ def _summed(blocks: Iterable[_Block], group: ProcessGroup | None) -> Iterator[_B
         before = now
 
 
-def _by_panels(batch: _Batch, u: Tensor, pair_weights: Tensor | None) -> _Parts:
+def _by_panels(batch: _Batch, u: Tensor, pair_weights: Tensor | None, covariances: bool) -> _Parts:
     """Compute from the D x D matrices x'x and u_a'u_b, a panel of columns at a time; arguments as of `_by_grams`."""
     x, (num_views, _, width) = batch.x, batch.x.shape
     pairs = pairs_of(len(u))
@@ -178,7 +176,7 @@ def _by_panels(batch: _Batch, u: Tensor, pair_weights: Tensor | None) -> _Parts:
     def blocks() -> Iterator[_Block]:
         for start in range(0, width, PANEL):
             panel = slice(start, start + PANEL)
-            for view in range(num_views):
+            for view in range(num_views if covariances else 0):
                 # symmetric: rows above the panel are columns of earlier ones
                 yield _Block(view, view, start, x[view, :, start:].T @ x[view, :, panel])
             for a, b in pairs:
@@ -213,7 +211,7 @@ def _add_pairs(grad: Tensor, u: Tensor, factors: Sequence[Tensor]) -> None:
         grad[b].addcmul_(u[a], factor)
 
 
-def choose_across(num_rows: int, width: int, num_views: int, world: int, itemsize: int, *, pairs: bool = True) -> Form:
+def choose_across(num_rows: int, width: int, num_views: int, world: int, itemsize: int, options: Options) -> Form:
     """Choose the form in which a process sends fewer bytes.
 
     With P = W (W - 1) / 2 pairs and R processes: `"gram"` gathers all rows, W N D (R - 1) / R elements of the embeddings' type.
@@ -227,38 +225,41 @@ def choose_across(num_rows: int, width: int, num_views: int, world: int, itemsiz
         num_views: Views W.
         world: Processes R.
         itemsize: Bytes of an element of the embeddings (W, N, D).
-        pairs: Whether pairs of views are compared.
+        options: Which energies are computed.
     """
-    num_pairs = len(pairs_of(num_views)) if pairs else 0
+    num_pairs = len(pairs_of(num_views)) if options.pairs else 0
     if world == 1:
-        products = (4 if pairs else 2) * num_views * num_rows
-        return "gram" if products <= (1.5 * num_views + 3 * num_pairs) * width else "direct"
+        products = 2 * (options.pairs + options.covariances) * num_views * num_rows
+        return "gram" if products <= (1.5 * num_views * options.covariances + 3 * num_pairs) * width else "direct"
     gathered = num_views * num_rows * width * itemsize
-    symmetric = num_views * width * (width + min(width, PANEL)) // 2
+    symmetric = options.covariances * num_views * width * (width + min(width, PANEL)) // 2
     summed = 2 * (symmetric + num_pairs * width**2) * max(itemsize, 4)
     # both carry the factor (R - 1) / R
     return "gram" if gathered <= summed else "direct"
 
 
 def _check(function: str, z: Tensor) -> None:
-    if z.dim() != 3 or z.shape[0] < 1 or z.shape[2] < 1 or not z.is_floating_point():
+    if z.dim() != 3 or z.shape[0] < 1 or z.shape[2] < 1 or z.dtype not in TYPES:
         raise ValueError(
             f"{function}: z must be (W, n, D) of floating-point numbers with W and D at least 1, got {tuple(z.shape)} of "
-            f"{z.dtype}. Stack the views of this process's samples."
+            f"{z.dtype}. Stack the views of this process's samples in one of {[str(dtype) for dtype in TYPES]}."
         )
 
 
-def _rows(function: str, counts: Sequence[int] | None, group: ProcessGroup | None, *stacks: Tensor) -> Sequence[int]:
+def _rows(
+    function: str, counts: Sequence[int] | None, group: ProcessGroup | None, stacks: Sequence[Tensor], gradients: Sequence[bool]
+) -> Sequence[int]:
     """Return every process's rows of stacks (W, n, D), which may differ in D; all processes refuse what one must."""
     rank, world = rank_and_world(group)
     rows = stacks[0].shape[1]
     if counts is None:
-        mine = (rows, stacks[0].shape[0], *(z.shape[2] for z in stacks), *(z.element_size() for z in stacks))
+        types = (TYPES.index(z.dtype) for z in stacks)
+        mine = (rows, stacks[0].shape[0], *(z.shape[2] for z in stacks), *types, *gradients)
         shapes = exchange(mine, stacks[0].device, group)
         if any(shape[1:] != shapes[0][1:] for shape in shapes):
             raise ValueError(
-                f"{function}: z must agree in all but its rows with other processes, got (rows, views, widths, bytes of an "
-                f"element) {shapes} by rank. Pass the same views, widths and types everywhere."
+                f"{function}: z must agree in all but its rows with other processes, got (rows, views, widths, types, whether "
+                f"gradients are wanted) {shapes} by rank. Pass the same views, widths and types everywhere, and gradients too."
             )
         counts = [shape[0] for shape in shapes]
     elif len(counts) != world or counts[rank] != rows:
@@ -301,7 +302,8 @@ def decorrelate_across(
         Energies of the whole batch, the same in all processes, and the gradient of sum(weights * energies) by z,
         (W, n, D): not scaled for DistributedDataParallel.
     Raises:
-        ValueError: On other shapes or an unknown form, and if all processes together have fewer than two rows.
+        ValueError: On other shapes or an unknown form, and if all processes together have fewer than two rows, or no more
+            than the correction.
     """
     _check("decorrelate_across", z)
     if form not in ("auto", "gram", "direct"):
@@ -314,10 +316,15 @@ def decorrelate_across(
             raise ValueError(
                 f"decorrelate_across: weights must have {expected} entries, got {lengths}. Give one per view and per pair."
             )
-    counts = _rows("decorrelate_across", counts, group, z)
+    counts = _rows("decorrelate_across", counts, group, [z], [weights is not None])
+    if options.correction >= sum(counts):
+        raise ValueError(
+            f"decorrelate_across: options.correction must be below {sum(counts)}, the rows of all processes together, got "
+            f"{options.correction}. Use 0 or 1, or enlarge the batch."
+        )
     if form == "auto":
         _, world = rank_and_world(group)
-        form = choose_across(sum(counts), width, num_views, world, z.element_size(), pairs=bool(pairs))
+        form = choose_across(sum(counts), width, num_views, world, z.element_size(), options)
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         return _decorrelate(z, options, weights, _about_mean(z, counts, group), form)
 
@@ -340,9 +347,9 @@ def _decorrelate(
         for number, (a, b) in enumerate(pairs):
             pair_weights[a, b] = pair_weights[b, a] = weights.off_diagonal[number]
     if form == "gram":
-        parts = _by_grams(z, batch, u, scale, dots, pair_weights)
+        parts = _by_grams(z, batch, u, scale, dots, pair_weights, options.covariances)
     else:
-        parts = _by_panels(batch, u, pair_weights)
+        parts = _by_panels(batch, u, pair_weights, options.covariances)
     deviation = torch.sqrt(second / (n - 1) + options.variance_eps)
     energies = Energies(
         torch.relu(options.gamma - deviation).mean(1),
@@ -352,7 +359,9 @@ def _decorrelate(
     )
     if weights is None or parts.grad_x is None:
         return energies, None
-    grad = parts.grad_x.mul_((weights.covariance * (4.0 / (n - 1) ** 2))[:, None, None])
+    grad = parts.grad_x
+    if options.covariances:
+        grad.mul_((weights.covariance * (4.0 / (n - 1) ** 2))[:, None, None])
     # what multiplies x itself
     factor = (deviation < options.gamma) / ((n - 1) * deviation) * (weights.hinge / -width)[:, None]
     if parts.grad_u is not None:
@@ -366,45 +375,10 @@ def _decorrelate(
     return energies, grad.addcmul_(x, factor[:, None])
 
 
-class _Known(torch.autograd.Function):
-    """A value whose gradient was computed with it."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, value: Tensor, grad: Tensor) -> Tensor:
-        ctx.save_for_backward(grad)
-        ctx.dtype = z.dtype
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = ctx.saved_tensors
-        return (grad * upstream).to(ctx.dtype), None, None
-
-
-def _attach(z: Tensor, value: Tensor, grad: Tensor | None, group: ProcessGroup | None) -> Tensor:
-    """Make value () a function of z (W, n, D); every process adds its own copy of it to what is differentiated."""
-    if grad is None:
-        return value
-    attached: Tensor = _Known.apply(z, value, grad.mul_(rank_and_world(group)[1]))  # type: ignore[no-untyped-call]
-    return attached
-
-
-def _needs_grad(z: Tensor) -> bool:
-    return torch.is_grad_enabled() and z.requires_grad
-
-
-def _similarity(z: Tensor, num_rows: int, group: ProcessGroup | None, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    z = z.to(_accumulator(z.dtype))
-    count = num_rows * z.shape[2]
-    others, anchor = z[:-1], z[-1]
-    to_anchor, to_centre = others - anchor, others - others.mean(0)
-    value = _sum((to_anchor.square().sum() + to_centre.square().sum()) / count, group)
-    if not with_grad:
-        return value, None
-    # the centre's own gradient is the sum of differences from it: zero
-    grad = torch.cat([to_anchor + to_centre, -to_anchor.sum(0, keepdim=True)])
-    return value, grad.mul_(2.0 / count)
+def _batch_of(counts: Sequence[int], group: ProcessGroup | None) -> Rows:
+    _, world = rank_and_world(group)
+    across = functools.partial(decorrelate_across, group=group, counts=counts)
+    return Rows(sum(counts), across, functools.partial(_sum, group=group), world)
 
 
 def similarity_across(z: Tensor, group: ProcessGroup | None = None, *, counts: Sequence[int] | None = None) -> Tensor:
@@ -426,11 +400,13 @@ def similarity_across(z: Tensor, group: ProcessGroup | None = None, *, counts: S
         raise ValueError(
             f"similarity_across: z must have W at least 2, got {tuple(z.shape)}. Stack the views of the samples."
         )
-    counts = _rows("similarity_across", counts, group, z)
-    needs_grad = _needs_grad(z)
+    needed = needs_gradient(z)
+    rows = _batch_of(_rows("similarity_across", counts, group, [z], [needed]), group)
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        value, grad = _similarity(z, sum(counts), group, needs_grad)
-    return _attach(z, value, grad, group)
+        grad = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32)) if needed else None
+        # every process adds its own copy of the value to what is differentiated
+        value = pull(z, rows.world, grad, rows)
+    return attach(z, value, grad)
 
 
 def mgfd_across(
@@ -466,36 +442,8 @@ def mgfd_across(
             "mgfd_across: z_t, z_s and z_i must be (W, n, D) with equal W >= 2 and equal n, got "
             f"{tuple(z_t.shape)}, {tuple(z_s.shape)} and {tuple(z_i.shape)}. Stack the same views of the same samples."
         )
-    domains = {"t": z_t, "s": z_s, "i": z_i}
-    for z in domains.values():
+    stacks = (z_t, z_s, z_i)
+    for z in stacks:
         _check("mgfd_across", z)
-    counts = _rows("mgfd_across", counts, group, *domains.values())
-    options = Options(variance_eps=VARIANCE_EPSILON, pairs=bool(xcorr_weight))
-    parts: dict[str, Tensor] = {}
-    total: Tensor | None = None
-    for domain, z in domains.items():
-        width, needs_grad = z.shape[2], _needs_grad(z)
-        views, pairs = z.shape[0], len(pairs_of(z.shape[0])) if xcorr_weight else 0
-        wide = z.new_empty(0, dtype=_accumulator(z.dtype))
-        weights = Energies(
-            wide.new_full((views,), VARIANCE_WEIGHT),
-            wide.new_full((views,), 1.0 / width),
-            wide.new_full((pairs,), xcorr_weight),
-            wide.new_full((pairs,), xcorr_weight * OFF_DIAGONAL_WEIGHT),
-        )
-        energies, grad = decorrelate_across(z, options, weights if needs_grad else None, group, counts=counts)
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            similarity, similarity_grad = _similarity(z, sum(counts), group, needs_grad)
-            variance = VARIANCE_WEIGHT * energies.hinge.sum() + energies.covariance.sum() / width
-            value = MSE_WEIGHT * similarity + variance
-            parts[f"sim_{domain}"], parts[f"vac_{domain}"] = similarity, variance
-            if xcorr_weight:
-                crossed = energies.on_diagonal.sum() + OFF_DIAGONAL_WEIGHT * energies.off_diagonal.sum()
-                value = value + xcorr_weight * crossed
-                parts[f"xcorr_{domain}"] = crossed
-            if grad is not None and similarity_grad is not None:
-                grad.add_(similarity_grad, alpha=MSE_WEIGHT)
-        share = (1.0 if domain == "i" else DOMAIN_WEIGHT) * _attach(z, value, grad, group)
-        total = share if total is None else total + share
-    assert total is not None
-    return total, parts
+    counts = _rows("mgfd_across", counts, group, stacks, [needs_gradient(z) for z in stacks])
+    return weigh_domains(*stacks, xcorr_weight, _batch_of(counts, group))

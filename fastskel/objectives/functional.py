@@ -2,16 +2,17 @@
 
 Every function computes in fp32 or wider, whatever autocast says: covariances lose their diagonal in half precision. The weights
 of a loss are known in advance, so its forward pass makes the gradient too and keeps nothing else for the backward pass; it is
-differentiable once.
+differentiable once, by a backward pass: create_graph=True, forward mode and transforms of torch.func are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from fastskel.kernels.decorrelation import Energies, Options, decorrelate, decorrelation
 
@@ -55,10 +56,43 @@ def _check_two(function: str, a: Tensor, b: Tensor, names: str) -> None:
         )
 
 
-def _may_overwrite() -> bool:
-    """Say whether the graph that is being differentiated is dropped afterwards, as is usual."""
+class Rows(NamedTuple):
+    """How what is computed of a process's rows becomes that of the whole batch.
+
+    Attributes:
+        number: Rows N of the whole batch.
+        decorrelate: Computes its energies, and the gradient by this process's rows, as `fastskel.kernels.decorrelation` does.
+        total: Sums a tensor, () each, over the processes.
+        world: Processes, each of which differentiates its own copy of a loss.
+    """
+
+    number: int
+    decorrelate: Callable[[Tensor, Options, Energies | None], tuple[Energies, Tensor | None]]
+    total: Callable[[Tensor], Tensor] = lambda value: value
+    world: int = 1
+
+
+def needs_gradient(z: Tensor) -> bool:
+    """Say whether the gradient by z (W, n, D) is wanted; refuse transforms for which a known gradient would be none at all."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(z) or unpack_dual(z).tangent is not None:  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            "a decorrelation loss must be differentiated by a backward pass of plain tensors, got a tensor of torch.func or of "
+            "forward mode. Its gradient is kept as numbers."
+        )
+    return z.requires_grad and torch.is_grad_enabled()
+
+
+def _saved_as_it_is() -> bool:
+    """Say whether no hook takes what is saved now: what a hook returns may belong to somebody else."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is None
+
+
+def _may_overwrite(upstream: Tensor) -> bool:
+    """Say whether the graph that is being differentiated is dropped afterwards, as is usual, and not for a batch of gradients."""
     kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return kept is not None and not kept()
+    batched = torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(upstream)
+    return kept is not None and not kept() and not batched
 
 
 class _Known(torch.autograd.Function):
@@ -67,7 +101,7 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, value: Tensor, grad: Tensor) -> Tensor:
         ctx.save_for_backward(grad)
-        ctx.dtype = z.dtype
+        ctx.dtype, ctx.owned = z.dtype, _saved_as_it_is()
         return value.clone()
 
     @staticmethod
@@ -77,64 +111,69 @@ class _Known(torch.autograd.Function):
                 "a decorrelation loss must be differentiated once, got create_graph=True. Its gradient is kept as numbers."
             )
         (grad,) = ctx.saved_tensors
-        grad = grad.mul_(upstream) if _may_overwrite() else grad * upstream
+        grad = grad.mul_(upstream) if ctx.owned and _may_overwrite(upstream) else grad * upstream
         return grad.to(ctx.dtype), None, None
 
 
-def _pull(z: Tensor, weight: float, grad: Tensor | None) -> Tensor:
-    """Return `similarity` of z (W, N, D), (), and add its gradient times a weight to `grad`.
+def attach(z: Tensor, value: Tensor, grad: Tensor | None) -> Tensor:
+    """Make value () a function of z (W, n, D) whose gradient is known; None is no gradient. The gradient is given away."""
+    return value if grad is None else _Known.apply(z, value, grad)  # type: ignore[no-untyped-call]
+
+
+def pull(z: Tensor, weight: float, grad: Tensor | None, rows: Rows) -> Tensor:
+    """Return `similarity` of z (W, n, D) as the mean over all rows, (), and add its gradient times a weight to `grad`.
 
     With the centre c of the others and the anchor a, sum_i |z_i - a|^2 = sum_i |z_i - c|^2 + (W - 1) |c - a|^2.
     """
-    num_views, rows, width = z.shape
-    step = max(1, BLOCK_ELEMENTS // (num_views * width)) if z.device.type == "cpu" else rows
-    factor = 2.0 * weight / (rows * width)
+    num_views, num_rows, width = z.shape
+    step = max(1, BLOCK_ELEMENTS // (num_views * width) if z.device.type == "cpu" else num_rows)
+    count = rows.number * width
+    factor = 2.0 * weight / count
     parts = []
-    for start in range(0, rows, step):
+    # once for no row too
+    for start in range(0, max(1, num_rows), step):
         block = _at_least_fp32(z[:, start : start + step])
         centre = block[:-1].mean(0)
         spread, away = block[:-1] - centre, centre - block[-1]
-        if grad is not None:
+        if grad is not None and weight:
             others, anchor = grad[:-1, start : start + step], grad[-1, start : start + step]
             others.add_(spread, alpha=2.0 * factor).add_(away, alpha=factor)
             anchor.sub_(away, alpha=(num_views - 1) * factor)
         far, near = (part.square_().sum(dtype=torch.float64) for part in (away, spread))
         parts.append(2.0 * near + (num_views - 1) * far)
-    value: Tensor = torch.stack(parts).sum() / (rows * width)
+    value = rows.total(torch.stack(parts).sum() / count)
     return value.to(centre.dtype)
 
 
 def _evaluate(
     z: Tensor, options: Options, *, hinge: float = 0.0, covariance: float = 0.0, on: float = 0.0, off: float = 0.0,
-    pull: float = 0.0,
+    near: float | None = None, rows: Rows | None = None,
 ) -> tuple[Tensor, Energies, Tensor]:  # fmt: skip
-    """Weigh the energies of z (W, N, D), each weight for all views or pairs, and its similarity.
+    """Weigh the energies of z (W, n, D), each weight for all views or pairs, and its similarity, None where it is not computed.
 
     Returns the sum, (), differentiable; and the energies and the similarity, detached.
     """
-    weights = (hinge, covariance, on, off)
+    weights, wide = (hinge, covariance, on, off), torch.promote_types(z.dtype, torch.float32)
+    nothing = z.new_zeros((), dtype=wide)
 
-    def total_of(energies: Energies, near: Tensor) -> Tensor:
+    def total_of(energies: Energies, distance: Tensor) -> Tensor:
         terms = [weight * energy.sum() for weight, energy in zip(weights, energies, strict=True) if weight]
-        return torch.stack([*terms, pull * near] if pull else terms).sum()
+        return torch.stack([*terms, near * distance if near else nothing]).sum()
 
-    near = z.new_zeros(())
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and rows is None:
         # a compiler differentiates operators and plain torch best: the energies are computed again in the backward pass
         energies = decorrelation(z, options)
-        near = similarity(z) if pull else near
-        return total_of(energies, near), Energies(*(energy.detach() for energy in energies)), near.detach()
-    needed = z.requires_grad and torch.is_grad_enabled()
+        distance = nothing if near is None else similarity(z)
+        return total_of(energies, distance), Energies(*(energy.detach() for energy in energies)), distance.detach()
+    rows = rows or Rows(z.shape[1], decorrelate)
+    needed = needs_gradient(z)
     with torch.no_grad(), _without_autocast(z):
         sizes = len(z), len(z), *(2 * [len(z) * (len(z) - 1) // 2 if options.pairs else 0])
-        wide = torch.promote_types(z.dtype, torch.float32)
-        filled = (z.new_full((size,), weight, dtype=wide) for size, weight in zip(sizes, weights, strict=True))
-        energies, grad = decorrelate(z, options, Energies(*filled) if needed else None)
-        near = _pull(z, pull, grad) if pull else near
-        total = total_of(energies, near)
-    if grad is not None:
-        total = _Known.apply(z, total, grad)  # type: ignore[no-untyped-call]
-    return total, energies, near
+        filled = (z.new_full((size,), rows.world * weight, dtype=wide) for size, weight in zip(sizes, weights, strict=True))
+        energies, grad = rows.decorrelate(z, options, Energies(*filled) if needed else None)
+        distance = nothing if near is None else pull(z, rows.world * near, grad, rows)
+        total = total_of(energies, distance)
+    return attach(z, total, grad), energies, distance
 
 
 def similarity(z: Tensor, criterion: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
@@ -196,7 +235,30 @@ def cross_correlation(a: Tensor, b: Tensor) -> Tensor:
     Source: `xcorr_loss` of USDRL, after Barlow Twins.
     """
     _check_two("cross_correlation", a, b, "a and b")
-    return _evaluate(torch.stack((a, b)), Options(), on=1.0, off=OFF_DIAGONAL_WEIGHT)[0]
+    return _evaluate(torch.stack((a, b)), Options(covariances=False), on=1.0, off=OFF_DIAGONAL_WEIGHT)[0]
+
+
+def weigh_domains(
+    z_t: Tensor, z_s: Tensor, z_i: Tensor, xcorr_weight: float, rows: Rows | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute what `mgfd_loss` says of checked stacks (W, n, D), which may be a process's rows of a batch; all are () each."""
+    options = Options(variance_eps=VARIANCE_EPSILON, pairs=bool(xcorr_weight))
+    totals: list[Tensor] = []
+    parts: dict[str, Tensor] = {}
+    # the widest first: what a pass needs beside its gradient comes on top of the gradients that are there
+    for domain, z, share in (("i", z_i, 1.0), ("t", z_t, DOMAIN_WEIGHT), ("s", z_s, DOMAIN_WEIGHT)):
+        width = z.shape[2]
+        total, energies, distance = _evaluate(
+            z, options, hinge=share * VARIANCE_WEIGHT, covariance=share / width, on=share * xcorr_weight,
+            off=share * xcorr_weight * OFF_DIAGONAL_WEIGHT, near=share * MSE_WEIGHT, rows=rows,
+        )  # fmt: skip
+        totals.append(total)
+        parts[f"sim_{domain}"] = distance
+        parts[f"vac_{domain}"] = (VARIANCE_WEIGHT * energies.hinge + energies.covariance / width).sum()
+        if xcorr_weight:
+            parts[f"xcorr_{domain}"] = (energies.on_diagonal + OFF_DIAGONAL_WEIGHT * energies.off_diagonal).sum()
+    ordered = [f"{term}_{domain}" for domain in "tsi" for term in ("sim", "vac", "xcorr")]
+    return torch.stack(totals).sum(), {name: parts[name] for name in ordered if name in parts}
 
 
 def mgfd_loss(z_t: Tensor, z_s: Tensor, z_i: Tensor, *, xcorr_weight: float = 1e-3) -> tuple[Tensor, dict[str, Tensor]]:
@@ -220,24 +282,9 @@ def mgfd_loss(z_t: Tensor, z_s: Tensor, z_i: Tensor, *, xcorr_weight: float = 1e
             "mgfd_loss: z_t, z_s and z_i must be (W, N, D) with equal W >= 2 and equal N, got "
             f"{tuple(z_t.shape)}, {tuple(z_s.shape)} and {tuple(z_i.shape)}. Stack the same views of the same samples."
         )
-    options = Options(variance_eps=VARIANCE_EPSILON, pairs=bool(xcorr_weight))
-    totals: list[Tensor] = []
-    parts: dict[str, Tensor] = {}
-    # the widest first: what a pass needs beside its gradient comes on top of the gradients that are there
-    for domain, z, share in (("i", z_i, 1.0), ("t", z_t, DOMAIN_WEIGHT), ("s", z_s, DOMAIN_WEIGHT)):
+    for z in (z_t, z_s, z_i):
         _check("mgfd_loss", z[0])
-        width = z.shape[2]
-        total, energies, near = _evaluate(
-            z, options, hinge=share * VARIANCE_WEIGHT, covariance=share / width, on=share * xcorr_weight,
-            off=share * xcorr_weight * OFF_DIAGONAL_WEIGHT, pull=share * MSE_WEIGHT,
-        )  # fmt: skip
-        totals.append(total)
-        parts[f"sim_{domain}"] = near
-        parts[f"vac_{domain}"] = (VARIANCE_WEIGHT * energies.hinge + energies.covariance / width).sum()
-        if xcorr_weight:
-            parts[f"xcorr_{domain}"] = (energies.on_diagonal + OFF_DIAGONAL_WEIGHT * energies.off_diagonal).sum()
-    ordered = [f"{term}_{domain}" for domain in "tsi" for term in ("sim", "vac", "xcorr")]
-    return torch.stack(totals).sum(), {name: parts[name] for name in ordered if name in parts}
+    return weigh_domains(z_t, z_s, z_i, xcorr_weight)
 
 
 def vicreg_loss(
@@ -264,11 +311,11 @@ def vicreg_loss(
     """
     _check_two("vicreg_loss", z_a, z_b, "z_a and z_b")
     width = z_a.shape[1]
-    total, energies, near = _evaluate(
+    total, energies, distance = _evaluate(
         torch.stack((z_a, z_b)), Options(variance_eps=eps, pairs=False), hinge=variance_weight / 2,
-        covariance=covariance_weight / width, pull=invariance_weight,
+        covariance=covariance_weight / width, near=invariance_weight,
     )  # fmt: skip
-    parts = {"invariance": near, "variance": energies.hinge.mean(), "covariance": energies.covariance.sum() / width}
+    parts = {"invariance": distance, "variance": energies.hinge.mean(), "covariance": energies.covariance.sum() / width}
     return total, parts
 
 
@@ -292,7 +339,7 @@ def barlow_twins_loss(
     Source: Zbontar et al., "Barlow Twins", ICML 2021, and the authors' code.
     """
     _check_two("barlow_twins_loss", z_a, z_b, "z_a and z_b")
-    options = Options(std_eps=eps, correction=0)
+    options = Options(std_eps=eps, correction=0, covariances=False)
     total, energies, _ = _evaluate(torch.stack((z_a, z_b)), options, on=1.0, off=off_diagonal_weight)
     return total, {"on_diagonal": energies.on_diagonal.sum(), "off_diagonal": energies.off_diagonal.sum()}
 

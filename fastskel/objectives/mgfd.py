@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import copy
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from fastskel.data.batch import Batch, concat_views
 from fastskel.data.views import ViewSpec
@@ -17,6 +17,10 @@ from fastskel.nn.pool import token_max
 from fastskel.objectives.across import mgfd_across
 from fastskel.objectives.functional import mgfd_loss
 from fastskel.objectives.objective import OBJECTIVES, Objective, Terms
+
+if TYPE_CHECKING:
+    # builds of torch without it train in one process
+    from torch.distributed import ProcessGroup
 
 __all__ = ["MGFD", "projector"]
 
@@ -80,6 +84,14 @@ class MGFD(Objective):
                 those of one device.
         """
         self.group, self.synchronised_norms = group, synchronise_norms
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MGFD:
+        # processes cannot be copied: a copy shares its loss with the same ones
+        memo[id(self.group)] = self.group
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def project(self, y_t: Tensor, y_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project the views' pooled streams, (W, N, D) each, to z_t and z_s (W, N, 2D) and z_i (W, N, 4D).
