@@ -14,7 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastskel import _native
 
-__all__ = ["Use", "below", "distinct", "permutation", "philox4x32", "uniform", "words", "words_numpy"]
+__all__ = [
+    "Use", "below", "distinct", "integer_weights", "normal", "permutation", "philox4x32", "symmetric", "uniform",
+    "weighted_order", "words", "words_numpy",
+]
 
 WORD_LIMIT = 2**32
 HALF_LIMIT = 2**16
@@ -36,6 +39,9 @@ class Use(enum.IntEnum):
     SYNTHETIC = 5
     SUBSET = 6
     MASK = 7
+    NOISE = 8
+    FRAMES = 9
+    WEIGHTED = 10
 
 
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -105,7 +111,9 @@ def _address(
     )
 
 
-def words(seed: int, index: ArrayLike, step: int, view: int | ArrayLike, use: int, num: int) -> NDArray[np.uint32]:
+def words(
+    seed: int, index: ArrayLike, step: int, view: int | ArrayLike, use: int, num: int, *, first: int = 0
+) -> NDArray[np.uint32]:
     """Draw random words for samples, each a function of its address alone.
 
     Word w of sample i is word w % 4 of the Philox block with counter (index_i, step, view_i | use << 16, w // 4) and
@@ -118,16 +126,19 @@ def words(seed: int, index: ArrayLike, step: int, view: int | ArrayLike, use: in
         view: View number, one for all or (N,), below 2**16.
         use: What the draw is for, a member of `Use`, below 2**16.
         num: Words per sample.
+        first: Number of the first word, a multiple of 4 below 2**32.
     Returns:
-        Random words, (N, num).
+        Words first .. first + num - 1, (N, num).
     Raises:
         ValueError: If a number leaves its range or `view` has another shape than `index`.
     """
+    if first:
+        return words_numpy(seed, index, step, view, use, num, first=first)
     return _native.philox_words(*_address(seed, index, step, view, use, num))
 
 
 def words_numpy(
-    seed: int, index: ArrayLike, step: int, view: int | ArrayLike, use: int, num: int
+    seed: int, index: ArrayLike, step: int, view: int | ArrayLike, use: int, num: int, *, first: int = 0
 ) -> NDArray[np.uint32]:
     """Draw the words (N, num) of `words` in NumPy: the definition that the native routine equals bit for bit.
 
@@ -135,12 +146,14 @@ def words_numpy(
         ValueError: If a number leaves its range or `view` has another shape than `index` (N,).
     """
     seed, samples, step, views, use, num = _address(seed, index, step, view, use, num)
-    num_blocks = -(-num // 4)
+    if first % 4:
+        raise ValueError(f"philox.words: first must be a multiple of 4, got {first}. Begin with a whole block.")
+    begin, num_blocks = _scalar("first", first, WORD_LIMIT) // 4, -(-num // 4)
     counter = np.empty((len(samples), num_blocks, 4), np.uint32)
     counter[..., 0] = samples[:, None]
     counter[..., 1] = step
     counter[..., 2] = (views | np.uint32(use << 16))[:, None]
-    counter[..., 3] = np.arange(num_blocks, dtype=np.uint32)
+    counter[..., 3] = np.arange(begin, begin + num_blocks, dtype=np.uint32)
     key = np.array([seed % WORD_LIMIT, seed // WORD_LIMIT], np.uint32)
     return np.ascontiguousarray(philox4x32(counter, key).reshape(len(samples), num_blocks * 4)[:, :num])
 
@@ -148,6 +161,29 @@ def words_numpy(
 def uniform(words: NDArray[np.uint32]) -> NDArray[np.float32]:
     """Turn words (...,) into floats (...,) in [0, 1): the upper 24 bits, which float32 holds exactly."""
     return (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def symmetric(words: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """Turn words (...,) into floats (...,) in [-1, 1): 2 uniform - 1, exact."""
+    return uniform(words) * np.float32(2) - np.float32(1)
+
+
+def normal(words: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """Turn pairs of words into pairs of independent standard normal numbers (Box and Muller, 1958).
+
+    With u1 = 1 - uniform(first word) and u2 = uniform(second word), r = sqrt(-2 ln u1), the pair is
+    r cos(2 pi u2), r sin(2 pi u2); computed in float64 and rounded.
+
+    Args:
+        words: Random words, (..., 2K).
+    Returns:
+        Normal numbers, (..., 2K), float32.
+    """
+    drawn = uniform(words).astype(np.float64)
+    radius = np.sqrt(-2 * np.log(1 - drawn[..., ::2]))
+    angle = 2 * np.pi * drawn[..., 1::2]
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+    return pairs.reshape(words.shape).astype(np.float32)
 
 
 def below(words: NDArray[np.uint32], n: int | ArrayLike) -> NDArray[np.int64]:
@@ -204,3 +240,57 @@ def permutation(seed: int, epoch: int, n: int, use: int = Use.SHUFFLE) -> NDArra
     """
     keys = words(seed, np.arange(n, dtype=np.int64), epoch, 0, use, 2).astype(np.uint64)
     return np.argsort(keys[:, 0] | keys[:, 1] << np.uint64(32), kind="stable").astype(np.int64)
+
+
+def integer_weights(weights: ArrayLike) -> NDArray[np.uint64]:
+    """Turn weights into whole numbers of at most 2^32, so that draws do not depend on rounding.
+
+    Args:
+        weights: Finite numbers of at least 0, not all zero, (n,).
+    Returns:
+        round(w / max(w) * 2^32), at least 1 where w > 0, (n,).
+    Raises:
+        ValueError: If the weights are not as described.
+    """
+    values = np.asarray(weights, np.float64)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all() or values.min() < 0 or values.max() == 0:
+        shown = f"{values.shape} from {values.min()} to {values.max()}" if values.size else f"{values.shape}"
+        raise ValueError(
+            f"philox.integer_weights: weights must be finite, at least 0 and not all zero, (n,), got {shown}. "
+            "Give a weight per sample."
+        )
+    scaled = np.rint(values / values.max() * WORD_LIMIT)
+    return np.where(values > 0, np.maximum(scaled, 1), 0).astype(np.uint64)
+
+
+def weighted_order(seed: int, epoch: int, weights: NDArray[np.uint64], num: int) -> NDArray[np.int64]:
+    """Draw positions with replacement, each with the odds of its weight: what `_native.epoch_order` equals bit for bit.
+
+    The 64-bit key of draw i, word 0 the lower half, times the sum of the weights has 128 bits; the position is the
+    first whose cumulative weight exceeds their upper half.
+
+    Args:
+        seed: 64-bit key.
+        epoch: Epoch of the draws, below 2**32.
+        weights: Whole numbers, (n,), of a sum in 1 .. 2**63 - 1.
+        num: Number of draws, below 2**32.
+    Returns:
+        Positions in range(n), (num,).
+    Raises:
+        ValueError: If a number leaves its range.
+    """
+    total = sum(np.asarray(weights).tolist())
+    if not 0 < total < 2**63:
+        raise ValueError(
+            f"philox.weighted_order: weights must be of a sum in 1 .. 2**63 - 1, got {total}. Scale them."
+        )
+    shift, mask = np.uint64(32), np.uint64(WORD_LIMIT - 1)
+    drawn = words(seed, np.arange(num, dtype=np.int64), epoch, 0, Use.WEIGHTED, 2).astype(np.uint64)
+    low, high = drawn[:, 0], drawn[:, 1]
+    total_low, total_high = np.uint64(total % WORD_LIMIT), np.uint64(total // WORD_LIMIT)
+    # schoolbook product of halves; each sum fits 64 bits
+    middle = high * total_low + (low * total_low >> shift)
+    other = low * total_high + (middle & mask)
+    target = high * total_high + (middle >> shift) + (other >> shift)
+    positions: NDArray[np.int64] = np.searchsorted(np.cumsum(weights, dtype=np.uint64), target, side="right")
+    return positions.astype(np.int64)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fastskel.skeleton import Topology
 
-__all__ = ["NORMALISATIONS", "align_body", "center", "normalise", "prenorm"]
+__all__ = ["NORMALISATIONS", "align_body", "body_frame", "center", "normalise", "prenorm"]
 
 NORMALISATIONS = ("none", "center", "center-first", "align", "align-yaw")
 # below this a direction or an angle is rounding noise: the bound of the AGCN code
@@ -72,7 +72,9 @@ def align_body(clip: NDArray[np.float32], topology: Topology, *, upright: bool =
     serves the whole clip, so motion, path and distances between bodies are kept, and the camera's position drops out.
 
     A clip of which no frame shows every joint of the axes says nothing about where its body faces: it is not turned,
-    only moved as "center-first" does. An all-zero joint counts as absent, and of centred clips that is the pelvis in
+    only moved as "center-first" does. With d = x - origin in float64, coordinate c of the result is
+    (d0 R[c, 0] + d1 R[c, 1]) + d2 R[c, 2], every operation rounded on its own, times 1 or 0 for present or absent, and
+    rounded to float32 (see `body_frame`). An all-zero joint counts as absent, and of centred clips that is the pelvis in
     every frame, so align before centring, not after; a view of data packed with a normalisation is refused.
 
     Args:
@@ -85,24 +87,46 @@ def align_body(clip: NDArray[np.float32], topology: Topology, *, upright: bool =
     Raises:
         ValueError: If the clip has not 3 channels, or the topology names no axes.
     """
+    reference = body_frame(clip, topology, upright=upright)
+    if np.isnan(reference[0, 0]):
+        return center(clip, topology, per_frame=False)
+    origin, rotation = reference[0], reference[1:]
+    moved = clip.astype(np.float64) - origin
+    turned = np.empty_like(moved)
+    # sums of a stated order, which a matrix product does not have
+    for axis in range(3):
+        x, y, z = (moved[..., channel] * rotation[axis, channel] for channel in range(3))
+        turned[..., axis] = (x + y) + z
+    return np.asarray(turned * clip.any(axis=-1, keepdims=True), dtype=clip.dtype)
+
+
+def body_frame(clip: NDArray[np.float32], topology: Topology, *, upright: bool = True) -> NDArray[np.float64]:
+    """Where `align_body` puts the origin and how it turns: turned = R (x - origin).
+
+    Args:
+        clip: Joint positions, (T, M, V, 3), y up.
+        topology: Skeleton of the V joints, with its `axes`.
+        upright: As in `align_body`.
+    Returns:
+        The origin and the rows of R, (4, 3); NaN if no frame shows every joint of the axes with finite coordinates.
+    Raises:
+        ValueError: If the clip has not 3 channels, or the topology names no axes.
+    """
     _check_joints("align_body", clip, topology)
     if clip.shape[-1] != 3:
         raise ValueError(f"align_body: clip must be (T, M, V, 3), got shape {clip.shape}. Use 'center' for flat clips.")
     axes = topology.axes
     if len(axes) != 6:
         raise ValueError(f"align_body: topology must name all body axes, {topology.name!r} has {list(axes)}. Add them.")
-    present = np.asarray(clip.any(axis=-1))
-    needed = sorted({joint for joints in axes.values() for joint in joints})
-    complete = present[:, 0, needed].all(axis=-1)
+    shown = clip[:, 0, sorted({joint for joints in axes.values() for joint in joints})]
+    complete = (shown.any(axis=-1) & np.isfinite(shown).all(axis=-1)).all(axis=-1)
     if not complete.any():
-        return center(clip, topology, per_frame=False)
+        return np.full((4, 3), np.nan)
     body = clip[int(np.argmax(complete)), 0].astype(np.float64)
     point = {axis: body[list(joints)].mean(axis=0) for axis, joints in axes.items()}
     side = (point["right_hip"] - point["left_hip"]) + (point["right_shoulder"] - point["left_shoulder"])
     up = point["neck"] - point["pelvis"] if upright else np.array([0.0, 1.0, 0.0])
-    rotation = _frame(side, up)
-    turned = (clip - point["pelvis"]) @ rotation.T
-    return np.asarray(turned * present[..., None], dtype=clip.dtype)
+    return np.concatenate([point["pelvis"][None], _frame(side, up)])
 
 
 def prenorm(

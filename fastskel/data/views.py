@@ -1,15 +1,16 @@
 r"""Views: how a clip becomes what an encoder sees.
 
-A view is made in a fixed order: normalise the clip, crop it in time, resize the crop to T frames, apply the spatial
+A view is made in a fixed order: normalise the clip, crop it in time, resize the crop to T frames, apply the
 transforms, derive the stream. The mask says which frames and bodies of the resized crop are present, before the
-spatial transforms. A view is a pure function of (clip, spec, seed, sample index, epoch, view number): equal in any
+transforms. A view is a pure function of (clip, spec, seed, sample index, epoch, view number): equal in any
 batch, thread, rank or restart.
 
 Draws. Every draw is a Philox word (`fastskel.philox`) with key = seed and counter = (global sample index, epoch, view
 | use << 16, word / 4):
 
     CROP word 0, 1    RandomCrop: scale and start
-    SPATIAL, JOINTS   the spatial transforms, 64 words each: `fastskel.data.transforms`
+    SPATIAL, JOINTS   the transforms, 64 words each: `fastskel.data.transforms`, `fastskel.data.distort`
+    NOISE, FRAMES     noise and masks of frames, 2^24 and 2^16 words for each transform: `fastskel.data.distort`
 
 A random crop of a clip of n frames is integer arithmetic, / rounding down:
 
@@ -36,7 +37,16 @@ from fastskel.data.normalise import NORMALISATIONS
 from fastskel.data.normalise import normalise as normalise_clip
 from fastskel.data.packed import PackedDataset
 from fastskel.data.resize import crop_resize
-from fastskel.data.transforms import JointCorruption, OneOf, Shear, SpatialTransform, apply_matrices, draw_matrices
+from fastskel.data.transforms import (
+    ClipAddress,
+    ClipTransform,
+    JointCorruption,
+    OneOf,
+    Shear,
+    SpatialTransform,
+    Transform,
+    apply_transforms,
+)
 from fastskel.philox import Use, below, words
 from fastskel.skeleton import STREAMS, stream
 
@@ -45,6 +55,7 @@ __all__ = [
     "RandomCrop",
     "ViewSpec",
     "crop_bounds",
+    "crop_shares",
     "eval_view",
     "make_view",
     "normalised",
@@ -53,6 +64,8 @@ __all__ = [
 
 # shares of a clip are integers in units of 2^-24: exact in float64 and float32, and what a Philox word resolves
 ONE = 1 << 24
+# so that words of use NOISE, 2^24 for each transform, have numbers of 32 bits
+MAX_TRANSFORMS = 256
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class ViewSpec:
         bone_variant: Named bone list of the topology; None for its default.
         frames: T of the view.
         crop: Part of the clip in time.
-        spatial: Spatial transforms, applied in their order.
+        transforms: Applied in their order, at most 256; their draws depend on their numbers in it.
         normalise: A name in `fastskel.data.normalise.NORMALISATIONS`, done before everything else.
         topology: Name of the skeleton the view expects; None takes the data set's.
     """
@@ -102,7 +115,7 @@ class ViewSpec:
     bone_variant: str | None = None
     frames: int = 64
     crop: RandomCrop | CenterCrop = CenterCrop()
-    spatial: tuple[SpatialTransform, ...] = ()
+    transforms: tuple[Transform, ...] = ()
     normalise: str = "none"
     topology: str | None = None
 
@@ -119,6 +132,16 @@ class ViewSpec:
             raise ValueError(
                 f"ViewSpec: normalise must be one of {', '.join(NORMALISATIONS)}, got {self.normalise!r}. Choose one."
             )
+        kinds = (SpatialTransform, ClipTransform)
+        if not isinstance(self.transforms, tuple) or not all(isinstance(entry, kinds) for entry in self.transforms):
+            raise ValueError(
+                f"ViewSpec: transforms must be a tuple of transforms, got {self.transforms!r}. "
+                "Put even a single one into a tuple."
+            )
+        if len(self.transforms) > MAX_TRANSFORMS:
+            raise ValueError(
+                f"ViewSpec: transforms must be at most {MAX_TRANSFORMS}, got {len(self.transforms)}. Remove some."
+            )
 
     def check(self, dataset: PackedDataset) -> None:
         """Raise ValueError if the view cannot be made of the data set's clips (T, M, V, C)."""
@@ -134,11 +157,22 @@ class ViewSpec:
                 f"{dataset.meta['normalisation']!r}, got {self.normalise!r} for {dataset.path}. "
                 "Pack the data with normalisation='none' to align it."
             )
-        if self.spatial and dataset.channels not in (2, 3):
+        linear = [entry for entry in self.transforms if isinstance(entry, SpatialTransform)]
+        if linear and dataset.channels not in (2, 3):
             raise ValueError(
-                f"ViewSpec: spatial transforms must have 2 or 3 channels, got {dataset.channels} in {dataset.path}. "
-                "Remove the transforms."
+                f"ViewSpec: {type(linear[0]).__name__} must have 2 or 3 channels, got {dataset.channels} in "
+                f"{dataset.path}. Remove the transform."
             )
+        bodies, joints, channels = dataset.frames.shape[1:]
+        for entry in self.transforms:
+            entry.check((self.frames, bodies, joints, channels))
+
+
+def crop_shares(crop: RandomCrop | CenterCrop) -> tuple[str, int, int, int] | tuple[str, int]:
+    """A crop in whole numbers: ("random", low, high, min_frames) or ("center", ratio), shares in units of 2^-24."""
+    if isinstance(crop, CenterCrop):
+        return "center", round(crop.ratio * ONE)
+    return "random", round(crop.low * ONE), round(crop.high * ONE), int(crop.min_frames)
 
 
 def crop_bounds(
@@ -240,9 +274,7 @@ def make_view(dataset: PackedDataset, spec: ViewSpec, index: ArrayLike, seed: in
     for row, (number, begin, count) in enumerate(zip(rows.tolist(), start.tolist(), length.tolist(), strict=True)):
         clips[row] = crop_resize(_clip(dataset, number, spec.normalise), begin, count, spec.frames)
     mask = clips.any(axis=(-2, -1))
-    if spec.spatial:
-        matrices = draw_matrices(spec.spatial, shape[3], shape[4], seed=seed, index=rows, epoch=epoch, view=view)
-        clips = apply_matrices(clips, matrices)
+    clips = apply_transforms(clips, spec.transforms, ClipAddress(seed, rows, epoch, view), dataset.topology)
     values = stream(torch.from_numpy(clips), spec.stream, dataset.topology, spec.bone_variant)
     return View(values, torch.from_numpy(mask), dataset.topology)
 

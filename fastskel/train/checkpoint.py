@@ -169,7 +169,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, optimizer: bool = False) ->
 
 def _eval_view(described: Mapping[str, Any], topology: str) -> ViewSpec:
     fields = {f.name for f in dataclasses.fields(ViewSpec)}
-    plain = {k: v for k, v in described.items() if k in fields - {"crop", "spatial"}}
+    plain = {k: v for k, v in described.items() if k in fields - {"crop", "transforms"}}
     # an encoder knows the joints by their order: data of another skeleton is refused
     return ViewSpec(**{**plain, "topology": topology}, crop=CenterCrop(described["crop"]["ratio"]))
 

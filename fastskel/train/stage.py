@@ -77,7 +77,7 @@ class Stage:
             )
         if any(milestone < 1 for milestone in self.milestones):
             raise ValueError(f"Stage: milestones must be epochs from 1 on, got {self.milestones}. Leave the others out.")
-        if self.eval_view.spatial or not isinstance(self.eval_view.crop, CenterCrop):
+        if self.eval_view.transforms or not isinstance(self.eval_view.crop, CenterCrop):
             raise ValueError("Stage: eval_view must draw nothing, got a random one. Use fastskel.data.eval_view.")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"Stage: precision must be fp32 or bf16, got {self.precision!r}. Choose one.")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastskel import data
-from fastskel.data.normalise import NORMALISATIONS, align_body, center, normalise, prenorm
+from fastskel.data.normalise import NORMALISATIONS, align_body, body_frame, center, normalise, prenorm
 from fastskel.skeleton import TOPOLOGIES, topology
 
 # coordinates of a few metres in float32, a handful of operations each
@@ -118,6 +118,32 @@ def test_a_clip_that_never_shows_its_axes_is_moved_alone(upright):
     clip[1::2, 0, layout.axes["neck"][0]] = 0
     moved = center(clip, layout, per_frame=False)
     np.testing.assert_array_equal(align_body(clip, layout, upright=upright), moved)
+
+
+def test_a_frame_with_numbers_that_are_none_says_nothing_about_the_axes():
+    clip, layout = person(), topology("ntu-25")
+    clip[0, 0, layout.axes["neck"][0], 1] = np.nan
+    expected = body_frame(clip[1:], layout)
+    np.testing.assert_array_equal(body_frame(clip, layout), expected)
+    assert np.isfinite(expected).all()
+    assert np.isfinite(align_body(clip, layout)[1:]).all()
+    clip[:, 0, layout.axes["neck"][0], 1] = np.nan
+    assert np.isnan(body_frame(clip, layout)).all() and body_frame(clip, layout).shape == (4, 3)
+    np.testing.assert_array_equal(align_body(clip, layout), center(clip, layout, per_frame=False))
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_align_is_the_turn_of_its_frame(upright):
+    clip, layout = person(), topology("ntu-25")
+    clip[0, 0, layout.axes["left_hip"][0]] = 0
+    clip[2, 1, 5] = 0
+    origin, *rotation = body_frame(clip, layout, upright=upright)
+    np.testing.assert_array_equal(origin, clip[1, 0, layout.axes["pelvis"][0]])
+    np.testing.assert_allclose(np.array(rotation) @ np.array(rotation).T, np.eye(3), atol=1e-12)
+    moved = clip.astype(np.float64) - origin
+    turned = [(moved[..., 0] * row[0] + moved[..., 1] * row[1]) + moved[..., 2] * row[2] for row in rotation]
+    expected = (np.stack(turned, axis=-1) * clip.any(axis=-1, keepdims=True)).astype(np.float32)
+    assert align_body(clip, layout, upright=upright).tobytes() == expected.tobytes()
 
 
 def test_the_package_offers_them():
