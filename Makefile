@@ -1,7 +1,7 @@
 # `make demo` and `make test` set themselves up: Python, a C++ compiler, make and git are all they need
 PYTHON ?= python3
 BIN := .venv/bin
-NATIVE := $(wildcard csrc/*.cpp csrc/core/*.h csrc/core/*.cpp)
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/core/*.h csrc/core/*.cpp)
 STAMP := .venv/.installed
 # the oldest release of Triton that the metadata allow: kernels must compile with it too
 OLDEST := .venv/triton-3.6

@@ -1,4 +1,6 @@
-// The only file that knows Python: checks arguments, allocates results, releases the GIL, calls csrc/core.
+// The files csrc/bindings* alone know Python: they check arguments, allocate results, release the GIL and call csrc/core.
+#include "bindings.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -10,6 +12,7 @@
 #include "core/philox.h"
 
 namespace py = pybind11;
+using fastskel::require;
 
 namespace {
 
@@ -17,13 +20,6 @@ constexpr std::int64_t kWordLimit = std::int64_t{1} << 32;
 constexpr std::int64_t kHalfLimit = std::int64_t{1} << 16;
 // keeps (2 i + 1) * length of the resize far from overflow
 constexpr std::int64_t kFrameLimit = std::int64_t{1} << 30;
-
-void require(bool ok, const char* function, const char* argument, const std::string& contract, const std::string& actual,
-             const char* remedy) {
-  if (ok) return;
-  throw py::value_error(std::string(function) + ": " + argument + " must be " + contract + ", got " + actual + ". " +
-                        remedy + ".");
-}
 
 std::string describe(const py::array& array) {
   std::string shape;
@@ -57,12 +53,13 @@ py::array_t<std::uint32_t> philox_words(std::uint64_t seed, const py::array& ind
   }
   py::array_t<std::uint32_t> words({size, static_cast<py::ssize_t>(num)});
   std::uint32_t* out = words.mutable_data();
-  const py::gil_scoped_release release;
-  const auto count = static_cast<std::size_t>(num);
-  for (py::ssize_t i = 0; i < size; ++i) {
-    fastskel::philox_words(seed, index_data[i], static_cast<std::uint32_t>(step), view_data[i],
-                           static_cast<std::uint32_t>(use), count, out + static_cast<std::size_t>(i) * count);
-  }
+  fastskel::without_gil([&] {
+    const auto count = static_cast<std::size_t>(num);
+    for (py::ssize_t i = 0; i < size; ++i) {
+      fastskel::philox_words(seed, index_data[i], static_cast<std::uint32_t>(step), view_data[i],
+                             static_cast<std::uint32_t>(use), count, out + static_cast<std::size_t>(i) * count);
+    }
+  });
   return words;
 }
 
@@ -83,8 +80,7 @@ py::array_t<float> crop_resize(const py::array& clip, std::int64_t start, std::i
   const auto* from = static_cast<const float*>(clip.data());
   float* to = out.mutable_data();
   const std::int64_t frame_size = clip.shape(1) * clip.shape(2) * clip.shape(3);
-  const py::gil_scoped_release release;
-  fastskel::crop_resize(from, frame_size, start, length, out_frames, to);
+  fastskel::without_gil([&] { fastskel::crop_resize(from, frame_size, start, length, out_frames, to); });
   return out;
 }
 
@@ -96,4 +92,6 @@ PYBIND11_MODULE(_native, module) {
              py::arg("view").noconvert(), py::arg("use"), py::arg("num"));
   module.def("crop_resize", &crop_resize, py::arg("clip").noconvert(), py::arg("start"), py::arg("length"),
              py::arg("out_frames"));
+  fastskel::bind_stream(module);
+  fastskel::bind_views(module);
 }

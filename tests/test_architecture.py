@@ -147,8 +147,10 @@ def test_core_knows_neither_python_nor_torch() -> None:
 
 
 def test_only_bindings_know_pybind11() -> None:
-    knowing = [path.name for path in (ROOT / "csrc").rglob("*") if path.is_file() and "pybind11" in path.read_text()]
-    assert knowing == ["bindings.cpp"]
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp")]
+    knowing = [path for path in sources if "pybind11" in path.read_text()]
+    assert knowing
+    assert all(path.parent == ROOT / "csrc" and path.name.startswith("bindings") for path in knowing), knowing
 
 
 def test_kernels_have_their_company() -> None:

@@ -26,12 +26,25 @@ inline PhiloxBlock philox4x32(PhiloxBlock counter, std::uint64_t seed) noexcept 
   return counter;
 }
 
-// the first `num` words of one sample: word w is word w % 4 of the block with counter (index, step, view | use << 16, w / 4)
+// a float in [0, 1): the upper 24 bits, which float32 holds exactly
+inline float uniform(std::uint32_t word) noexcept { return static_cast<float>(word >> 8) * 0x1p-24f; }
+
+// a float in [-1, 1), exact
+inline float symmetric(std::uint32_t word) noexcept { return uniform(word) * 2.0f - 1.0f; }
+
+// an integer in [0, bound)
+inline std::uint32_t below(std::uint32_t word, std::uint32_t bound) noexcept {
+  return static_cast<std::uint32_t>((static_cast<std::uint64_t>(word) * bound) >> 32);
+}
+
+// `num` words of one sample from word 4 * first_block on: word w is word w % 4 of the block with counter
+// (index, step, view | use << 16, w / 4)
 inline void philox_words(std::uint64_t seed, std::uint32_t index, std::uint32_t step, std::uint32_t view,
-                         std::uint32_t use, std::size_t num, std::uint32_t* out) noexcept {
+                         std::uint32_t use, std::size_t num, std::uint32_t* out, std::uint32_t first_block = 0) noexcept {
   const std::uint32_t purpose = view | (use << 16);
   for (std::size_t word = 0; word < num; word += 4) {
-    const PhiloxBlock block = philox4x32({index, step, purpose, static_cast<std::uint32_t>(word / 4)}, seed);
+    const auto number = static_cast<std::uint32_t>(first_block + word / 4);
+    const PhiloxBlock block = philox4x32({index, step, purpose, number}, seed);
     const std::size_t count = num - word < 4 ? num - word : 4;
     for (std::size_t i = 0; i < count; ++i) out[word + i] = block[i];
   }
