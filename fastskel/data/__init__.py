@@ -1,27 +1,52 @@
 """Data: packed data sets, views, the loader, protocols and synthetic motion."""
 
 from fastskel.data.batch import Batch, DrawAddress, View
+from fastskel.data.distort import BodyMask, FrameMask, GaussianBlur, GaussianNoise, Mirror
 from fastskel.data.loader import Loader
 from fastskel.data.normalise import prenorm
 from fastskel.data.pack import pack_arrays, pack_source
 from fastskel.data.packed import PackedDataset, open_dataset
 from fastskel.data.protocols import Split, holdout, semi, split
 from fastskel.data.synthetic import make_synthetic
-from fastskel.data.transforms import JointCorruption, OneOf, Shear, SpatialTransform
+from fastskel.data.torch_dataset import ClipDataset
+from fastskel.data.transforms import (
+    ClipAddress,
+    ClipTransform,
+    JointCorruption,
+    JointMask,
+    OneOf,
+    Rotation,
+    Scaling,
+    Shear,
+    SpatialTransform,
+    Transform,
+)
 from fastskel.data.views import CenterCrop, RandomCrop, ViewSpec, eval_view, make_view, usdrl_views
 
 __all__ = [
     "Batch",
+    "BodyMask",
     "CenterCrop",
+    "ClipAddress",
+    "ClipDataset",
+    "ClipTransform",
     "DrawAddress",
+    "FrameMask",
+    "GaussianBlur",
+    "GaussianNoise",
     "JointCorruption",
+    "JointMask",
     "Loader",
+    "Mirror",
     "OneOf",
     "PackedDataset",
     "RandomCrop",
+    "Rotation",
+    "Scaling",
     "Shear",
     "SpatialTransform",
     "Split",
+    "Transform",
     "View",
     "ViewSpec",
     "eval_view",

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fastskel.data.batch import Batch
+from fastskel import _native
+from fastskel.data.batch import Batch, View
+from fastskel.data.engines import Engine, NativeEngine, NumpyEngine, TritonEngine
 from fastskel.data.packed import PackedDataset
-from fastskel.data.views import ViewSpec, crop_bounds, make_view, normalised
-from fastskel.philox import permutation
+from fastskel.data.transfer import transferred
+from fastskel.data.views import ViewSpec, crop_bounds
+from fastskel.philox import integer_weights
 
 __all__ = ["Loader"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# normalised frames are kept in memory up to this size: the small public data sets fit many times over
-CACHE_BYTES = 1 << 30
+ENGINES = ("native", "numpy", "triton")
 # every address has 32 bits of epoch
 MAX_EPOCH = 1 << 32
+# more threads than this never waited for anything but memory
+MAX_DEFAULT_THREADS = 4
 
 
 def _check(condition: bool, argument: str, contract: str, actual: object, advice: str) -> None:
@@ -36,8 +38,9 @@ class Loader:
     """Batches of views of a packed data set, in a new order every epoch.
 
     Iterating yields the batches of the current epoch from the current position on; after the last one the epoch
-    advances. Order and content are functions of (seed, epoch, position, rank, world_size) alone: any number of
-    threads gives the same bits, and a loader that loads another's state goes on where that one stopped.
+    advances. Order and content are functions of (seed, epoch, position, rank, world_size) alone: any engine on the host,
+    any number of threads and any machine gives the same bits, and a loader that loads another's state goes on where that one
+    stopped. A second iteration ends the first.
 
     Rank r takes every `world_size`-th sample of the common order, so all ranks have equally many. Where the number of
     samples does not divide, drop_last leaves the rest out for the epoch; without it the order wraps around, and some
@@ -58,43 +61,46 @@ class Loader:
         views: Sequence[ViewSpec],
         batch_size: int,
         seed: int = 0,
-        num_threads: int = 1,
+        num_threads: int | None = None,
         dtype: str | torch.dtype = "float32",
         indices: ArrayLike | None = None,
+        weights: ArrayLike | Literal["balanced"] | None = None,
         shuffle: bool = True,
         drop_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
-        cache_bytes: int = CACHE_BYTES,
+        engine: Literal["native", "numpy", "triton"] = "native",
+        device: str | torch.device | None = None,
     ) -> None:
-        """Check the arguments and, where they fit in `cache_bytes`, normalise the clips (T, M, V, C) once.
+        """Check the arguments; threads and memory come with the first batch.
 
         Args:
-            dataset: Packed clips.
+            dataset: Packed clips, (T, M, V, C) each.
             views: One spec per view of a batch.
             batch_size: N of one rank's batch.
             seed: 64-bit key of the order and of all draws.
-            num_threads: Threads that prepare batches ahead; 0 prepares each when it is asked for.
+            num_threads: Threads that prepare batches ahead; 0 prepares each when it is asked for; None is one for each
+                processor that this process may use, at most 4.
             dtype: float32, float16 or bfloat16, for the clips.
             indices: Samples to use, (n,), distinct; None for all.
+            weights: An epoch draws n samples with replacement, with odds in these proportions, (n,), one for each of
+                `indices`; "balanced" gives every class the same odds. None takes every sample once.
             shuffle: Whether every epoch has an order of its own; else the order of `indices`.
             drop_last: Whether a last, shorter batch is left out.
             rank: This process's number.
             world_size: Number of processes that share an epoch.
-            cache_bytes: Most memory for normalised frames, per kind of normalisation; above it they are normalised on
-                every use.
+            engine: Who makes the views: "native" C++ threads; "numpy", the definition, which takes any transform; or
+                "triton", a kernel on `device`, which then holds the whole data set.
+            device: Where batches go; None is the host. Copies to a GPU run ahead, from pinned memory.
         Raises:
             ValueError: If an argument is not as described.
         """
         chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices)
+        if num_threads is None:
+            num_threads = min(_native.available_cpus(), MAX_DEFAULT_THREADS)
         counts = {
-            "batch_size": batch_size,
-            "seed": seed,
-            "num_threads": num_threads,
-            "rank": rank,
-            "world_size": world_size,
-            "cache_bytes": cache_bytes,
-        }
+            "batch_size": batch_size, "seed": seed, "num_threads": num_threads, "rank": rank, "world_size": world_size,
+        }  # fmt: skip
         for argument, value in counts.items():
             _check(isinstance(value, (int, np.integer)), argument, "a whole number", repr(value), "Pass an int")
         listed = isinstance(views, Sequence) and all(isinstance(spec, ViewSpec) for spec in views)
@@ -104,6 +110,7 @@ class Loader:
         _check(num_threads >= 0, "num_threads", "at least 0", num_threads, "Use 0 to prepare batches inline")
         _check(0 <= seed < 1 << 64, "seed", "in 0 .. 2^64 - 1", seed, "Choose another")
         _check(0 <= rank < world_size, "rank", f"in 0 .. world_size - 1 = {world_size - 1}", rank, "Check the launcher")
+        _check(engine in ENGINES, "engine", f"one of {', '.join(ENGINES)}", repr(engine), "Choose one")
         name = str(dtype).removeprefix("torch.")
         _check(name in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", dtype, "Choose one")
         integral = chosen.ndim == 1 and len(chosen) > 0 and np.issubdtype(chosen.dtype, np.integer)
@@ -120,13 +127,41 @@ class Loader:
         self.batch_size, self.seed, self.num_threads, self.dtype = batch_size, seed, num_threads, DTYPES[name]
         self.shuffle, self.drop_last, self.rank, self.world_size = shuffle, drop_last, rank, world_size
         self.indices: NDArray[np.int64] = chosen.astype(np.int64)
+        self.weights = self._weights(weights)
+        self.device = torch.device("cpu" if device is None else device)
         self.epoch, self.position = 0, 0
         share = len(chosen) // world_size if drop_last else -(-len(chosen) // world_size)
         self.num_samples = share // batch_size * batch_size if drop_last else share
         few = f"{batch_size} for {share} samples" + (f" of rank {rank}" if world_size > 1 else "")
         _check(self.num_samples > 0, "batch_size", "at most the number of samples", few, "Lower it")
         self._columns = self._numeric_columns()
-        self._sources = self._normalise(cache_bytes)
+        self._engine = self._choose(engine)
+        # number of the newest iteration
+        self._iteration = 0
+
+    def _weights(self, weights: ArrayLike | Literal["balanced"] | None) -> NDArray[np.uint64] | None:
+        if weights is None:
+            return None
+        _check(self.shuffle, "shuffle", "True with weights", self.shuffle, "Leave one of them out")
+        if isinstance(weights, str):
+            _check(weights == "balanced", "weights", "numbers or 'balanced'", repr(weights), "Choose one")
+            labels = np.asarray(self.dataset.labels)[self.indices]
+            _check(bool(labels.min() >= 0), "labels", "known to balance classes", "some -1", "Choose labelled samples")
+            _, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
+            weights = 1.0 / counts[place]
+        values = np.asarray(weights)
+        numbers = values.ndim == 1 and values.dtype.kind in "iuf"
+        _check(numbers, "weights", "numbers (n,)", f"{values.dtype} {values.shape}", "Give one for each sample")
+        _check(len(values) == len(self.indices), "weights", f"{len(self.indices)}, one per sample", len(values), "Match them")
+        return integer_weights(values)
+
+    def _choose(self, engine: str) -> Engine:
+        own = (self.dataset, self.views, self.seed, self.dtype)
+        if engine == "numpy":
+            return NumpyEngine(*own, self.num_threads)
+        if engine == "triton":
+            return TritonEngine(*own, self.device)
+        return NativeEngine(*own, self.num_threads, pinned=self.device.type == "cuda")
 
     def _numeric_columns(self) -> dict[str, tuple[NDArray[Any], bool]]:
         """Columns by name with whether they are per frame, (sum T,) rather than (n,)."""
@@ -136,38 +171,26 @@ class Loader:
                 columns[name] = (np.asarray(values), self.dataset.per_frame(name))
         return columns
 
-    def _normalise(self, cache_bytes: int) -> list[tuple[PackedDataset, ViewSpec]]:
-        """The data set and spec that each view is really made with."""
-        # views of a plain array: slicing a memory map clip by clip costs more than the clip
-        plain = replace(self.dataset, frames=np.asarray(self.dataset.frames))
-        cached: dict[str, PackedDataset] = {"none": plain}
-        sources = []
-        for spec in self.views:
-            kind = spec.normalise
-            if kind not in cached and plain.frames.size * 4 <= cache_bytes:
-                cached[kind] = normalised(plain, kind)
-            sources.append((cached[kind], replace(spec, normalise="none")) if kind in cached else (plain, spec))
-        return sources
-
     def __len__(self) -> int:
         """Batches of one epoch of this rank."""
         return -(-self.num_samples // self.batch_size)
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Sample numbers of this rank in one epoch, (num_samples,)."""
-        order = self.indices[permutation(self.seed, epoch, len(self.indices))] if self.shuffle else self.indices
-        # without drop_last the order wraps around until every rank has as many
-        padded = np.resize(order, -(-len(order) // self.world_size) * self.world_size)
-        return padded[self.rank :: self.world_size][: self.num_samples]
+        positions = _native.epoch_order(
+            self.seed, epoch, len(self.indices), shuffle=self.shuffle, weights=self.weights,
+            num_draws=0 if self.weights is None else len(self.indices), rank=self.rank, world_size=self.world_size,
+            num_samples=self.num_samples,
+        )  # fmt: skip
+        return self.indices[positions]
 
     def batch(self, epoch: int, index: NDArray[np.int64]) -> Batch:
         """Make the batch of the given samples (N,) as in the given epoch: views (N, T, M, V, C)."""
-        views = []
-        for number, (dataset, spec) in enumerate(self._sources):
-            view = make_view(dataset, spec, index, self.seed, epoch, number)
-            views.append(replace(view, clips=view.clips.to(self.dtype)))
+        return self._batch(epoch, index, self._engine.make(epoch, index))
+
+    def _batch(self, epoch: int, index: NDArray[np.int64], views: list[View]) -> Batch:
         labels = torch.from_numpy(np.asarray(self.dataset.labels[index], np.int64))
-        return Batch(views, labels, torch.from_numpy(index.copy()), self._extras(epoch, index))
+        return Batch(views, labels, torch.from_numpy(np.array(index)), self._extras(epoch, index))
 
     def _extras(self, epoch: int, index: NDArray[np.int64]) -> dict[str, Tensor]:
         extras = {}
@@ -183,36 +206,45 @@ class Loader:
             extras[name] = torch.from_numpy(np.array(values[rows if per_frame else index]))
         return extras
 
-    def _made(self, epoch: int, plan: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
-        """Make the planned batches in order, some ahead of their use."""
-        if self.num_threads == 0:
-            for index in plan:
-                yield self.batch(epoch, index)
-            return
-        pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="fastskel-loader")
-        ahead: deque[Future[Batch]] = deque()
-        try:
-            for index in plan:
-                ahead.append(pool.submit(self.batch, epoch, index))
-                # one batch more than threads waits, so that no thread idles while the caller computes
-                if len(ahead) > self.num_threads + 1:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch: batches of views (N, T, M, V, C)."""
         self._turn()
         epoch = self.epoch
         _check(epoch < MAX_EPOCH, "epoch", "below 2^32", epoch, "Start again with another seed")
-        order = self.order(epoch)
-        plan = [order[begin : begin + self.batch_size] for begin in range(0, len(order), self.batch_size)]
-        for batch in self._made(epoch, plan[self.position :]):
-            self.position += 1
-            yield batch
+        self._iteration += 1
+        own = self._iteration
+        rest = self.order(epoch)[self.position * self.batch_size :]
+        made = self._engine.stream(epoch, rest, self.batch_size)
+        batches = (self._batch(epoch, index, views) for index, views in made)
+        on_device: Iterator[Batch] = batches
+        if isinstance(self._engine, TritonEngine):
+            on_device = (batch.to(self.device, non_blocking=True) for batch in batches)
+        elif self.device.type != "cpu":
+            on_device = transferred(batches, self.device)
+        try:
+            for batch in on_device:
+                self.position += 1
+                yield batch
+                if own != self._iteration:
+                    raise RuntimeError("Loader: iterations must follow one another, got two at once. Make a second loader.")
+        finally:
+            # in this order: each lets go of what the next one holds
+            for part in (on_device, batches, made):
+                if isinstance(part, Generator):
+                    part.close()
         self._turn()
+
+    def close(self) -> None:
+        """Stop the threads and give back the memory; batches (N, T, M, V, C) that were handed out stay."""
+        self._engine.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _turn(self) -> None:
         """Begin the next epoch once every batch of this one was handed out."""

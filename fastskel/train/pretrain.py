@@ -149,13 +149,13 @@ def _build(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | No
     )
     loader = Loader(
         dataset, views=objective.views, batch_size=stage.batch_size, seed=stage.seed, num_threads=stage.num_threads,
-        indices=indices,
+        indices=indices, device=device,
     )  # fmt: skip
     return _Run(stage, encoder, objective, optimizer, loader)
 
 
 def _train_step(run: _Run, batch: Batch, device: torch.device, progress: float) -> tuple[Terms, dict[str, Tensor]]:
-    batch = batch.to(device, non_blocking=True).at(run.stage.seed, run.step)
+    batch = batch.at(run.stage.seed, run.step)
     for group in run.optimizer.param_groups:
         group["lr"] = run.stage.lr_at(run.loader.epoch, run.step)
     with torch.autocast(device.type, torch.bfloat16, enabled=run.stage.precision == "bf16"):

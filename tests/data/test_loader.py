@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +16,9 @@ import torch
 
 from fastskel.data import Loader, eval_view, make_synthetic, make_view, usdrl_views
 from fastskel.data import views as views_module
+from fastskel.data.transforms import SpatialTransform
 from fastskel.data.views import CenterCrop, ViewSpec
+from fastskel.philox import integer_weights, weighted_order
 
 VIEWS = usdrl_views(8, num_views=2, normalise="center", min_frames=4)
 
@@ -41,14 +48,20 @@ def order(batches):
 
 
 def workers():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("fastskel-loader")]
+    """Threads of loaders, of native code too, by the names that the system has for them."""
+    native = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in native if name == "fastskel-loader"] + [
+        thread.name for thread in threading.enumerate() if thread.name.startswith("fastskel-loader")
+    ]
 
 
-@pytest.mark.parametrize("num_threads", [1, 3])
-def test_threads_change_no_bit(dataset, num_threads):
-    inline, threaded = make(dataset, num_threads=0), make(dataset, num_threads=num_threads)
+@pytest.mark.parametrize("engine", ["native", "numpy"])
+@pytest.mark.parametrize("num_threads", [1, 2, 4, 8, None])
+def test_threads_and_engines_change_no_bit(dataset, num_threads, engine):
+    inline, threaded = make(dataset, num_threads=0), make(dataset, num_threads=num_threads, engine=engine)
     for _ in range(2):
         same(inline, threaded)
+    threaded.close()
     assert not workers()
 
 
@@ -96,16 +109,88 @@ def test_breaking_after_the_last_batch_begins_the_next_epoch(dataset):
     assert loader.epoch == 2
 
 
-def test_early_break_leaves_no_threads(dataset):
-    loader = make(dataset, num_threads=3)
+@pytest.mark.parametrize("engine", ["native", "numpy"])
+def test_early_break_closing_and_errors_leave_no_threads(dataset, engine):
+    loader = make(dataset, num_threads=3, engine=engine)
     for _ in loader:
         assert workers()
         break
+    loader.close()
     assert not workers()
+    # a closed loader begins again
     iterator = iter(loader)
     next(iterator)
-    del iterator
+    del iterator, loader
     assert not workers()
+
+
+def test_an_error_of_the_caller_leaves_no_threads(dataset):
+    def consume():
+        with make(dataset, num_threads=2) as loader:
+            for _ in loader:
+                raise RuntimeError("of the caller")
+
+    with pytest.raises(RuntimeError, match="of the caller"):
+        consume()
+    assert not workers()
+
+
+def test_batches_stay_as_they_are_when_kept(dataset):
+    expected = list(make(dataset, num_threads=0))
+    with make(dataset, num_threads=2) as loader:
+        kept = list(loader)
+        list(loader)
+    same(kept, expected)
+
+
+def test_a_second_iteration_ends_the_first(dataset):
+    loader = make(dataset, num_threads=2)
+    first = iter(loader)
+    next(first)
+    second = iter(loader)
+    batch = next(second)
+    with pytest.raises(RuntimeError, match="iterations must follow one another, got two at once"):
+        next(first)
+    # the position is shared: the second went on behind the first
+    assert torch.equal(batch.index, list(make(dataset))[1].index)
+    assert len(list(second)) == 3
+
+
+CHILD = """
+import numpy as np, os, sys, torch
+from fastskel.data import Loader, make_synthetic, usdrl_views
+dataset = make_synthetic(sys.argv[1], num_clips=24)
+loader = Loader(dataset, views=usdrl_views(8, num_views=2), batch_size=4, num_threads=2)
+batches = iter(loader)
+mine = [next(batches).stack()]
+child = os.fork()
+if child == 0:
+    # threads do not survive a fork: an iteration that goes on says so, a new one has its own
+    try:
+        next(batches)
+    except ValueError as error:
+        assert "before the process forked" in str(error), error
+    else:
+        os._exit(3)
+    again = Loader(dataset, views=loader.views, batch_size=4, num_threads=2)
+    assert torch.equal(next(iter(again)).stack(), mine[0])
+    loader.position = 0
+    assert torch.equal(next(iter(loader)).stack(), mine[0])
+    sys.exit(0)
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 0, status
+assert len(list(batches)) == 5
+running = iter(loader)
+next(running)
+# the interpreter ends while threads make batches
+"""
+
+
+def test_forks_and_the_end_of_the_interpreter(tmp_path):
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "data")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
 
 
 def test_subset(dataset):
@@ -165,8 +250,79 @@ def test_dtype(dataset, dtype, expected):
     assert torch.equal(cast.views[0].clips, plain.views[0].clips.to(expected))
 
 
-def test_normalising_once_or_always_changes_no_bit(dataset):
-    same(make(dataset), make(dataset, cache_bytes=0))
+@pytest.mark.parametrize("kind", ["center", "center-first", "align", "align-yaw"])
+def test_normalisations_are_those_of_the_definition(tmp_path, kind):
+    dataset = make_synthetic(tmp_path / "data", num_clips=6, max_lost=3)
+    options = {"views": usdrl_views(16, normalise=kind), "batch_size": 6}
+    same(Loader(dataset, **options), Loader(dataset, engine="numpy", **options))
+
+
+@dataclass(frozen=True)
+class Halved(SpatialTransform):
+    """A user's own transform."""
+
+    def matrices(self, spatial, joints, num_joints, num_channels):
+        return np.broadcast_to(np.eye(num_channels, dtype=np.float32) / 2, (len(spatial), num_joints, num_channels, num_channels))
+
+
+def test_own_transforms_need_numpy(dataset):
+    views = [ViewSpec(frames=8, transforms=(Halved(),))]
+    with pytest.raises(ValueError, match=r'got Halved, which native code does not know. Use Loader\(engine="numpy"\)'):
+        make(dataset, views=views)
+    plain, halved = make(dataset, views=[ViewSpec(frames=8)]), make(dataset, views=views, engine="numpy")
+    for one, other in zip(plain, halved, strict=True):
+        assert torch.equal(one.views[0].clips / 2, other.views[0].clips)
+
+
+def test_weights(dataset):
+    weights = np.arange(23) % 4
+    loader = make(dataset, weights=weights, num_threads=0)
+    drawn = np.concatenate([loader.order(epoch) for epoch in range(400)])
+    assert not np.isin(drawn, np.flatnonzero(weights == 0)).any()
+    expected = weights / weights.sum() * len(drawn)
+    counts = np.bincount(drawn, minlength=23)
+    used = weights > 0
+    # 16 degrees of freedom: 45.9 is exceeded once in ten thousand times
+    assert ((counts - expected)[used] ** 2 / expected[used]).sum() < 45.9
+    integers = integer_weights(weights)
+    positions = weighted_order(3, 7, integers, 23)
+    assert loader.order(7).tolist() == positions[: loader.num_samples].tolist()
+
+
+def test_balanced_classes(memory_dataset):
+    data = memory_dataset(np.arange(30) + 5)
+    data.labels[:] = np.repeat([0, 1, 5], [24, 4, 2])
+    loader = make(data, weights="balanced", num_threads=0)
+    drawn = data.labels[np.concatenate([loader.order(epoch) for epoch in range(200)])]
+    counts = np.array([(drawn == label).sum() for label in (0, 1, 5)])
+    expected = len(drawn) / 3
+    # 2 degrees of freedom: 18.4 is exceeded once in ten thousand times
+    assert ((counts - expected) ** 2 / expected).sum() < 18.4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": [1.0] * 22}, "weights must be 23, one per sample, got 22"),
+        ({"weights": [0.0] * 23}, "weights must be finite, at least 0 and not all zero"),
+        ({"weights": [-1.0] + [1.0] * 22}, "weights must be finite, at least 0"),
+        ({"weights": [float("nan")] * 23}, "weights must be finite"),
+        ({"weights": "even"}, "weights must be numbers or 'balanced', got 'even'"),
+        ({"weights": ["a"] * 23}, r"weights must be numbers \(n,\)"),
+        ({"weights": [1.0] * 23, "shuffle": False}, "shuffle must be True with weights"),
+        ({"engine": "cuda"}, "engine must be one of native, numpy, triton, got 'cuda'"),
+    ],
+)
+def test_bad_weights_and_engines(dataset, changes, message):
+    with pytest.raises(ValueError, match=f"(Loader|integer_weights): {message}"):
+        make(dataset, **changes)
+
+
+def test_labels_must_be_known_to_balance_them(memory_dataset):
+    data = memory_dataset([9, 9, 9, 9])
+    data.labels[2] = -1
+    with pytest.raises(ValueError, match="labels must be known to balance classes"):
+        make(data, weights="balanced")
 
 
 def test_extras(memory_dataset):
@@ -225,10 +381,33 @@ def test_worker_error_names_the_clip(dataset, num_threads, monkeypatch):
         return real(clip, kind, topology)
 
     monkeypatch.setattr(views_module, "normalise_clip", fail)
-    loader = make(dataset, num_threads=num_threads, cache_bytes=0, drop_last=False)
+    loader = make(dataset, num_threads=num_threads, engine="numpy", drop_last=False)
     with pytest.raises(ValueError, match=r"broken.* at clip 11 \(clip11\) of in-memory"):
         list(loader)
     assert not workers()
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_a_file_that_is_cut_off_is_named(tmp_path, num_threads):
+    dataset = make_synthetic(tmp_path / "data", num_clips=40)
+    frames = tmp_path / "data" / "frames.npy"
+    loader = Loader(dataset, views=usdrl_views(8), batch_size=4, num_threads=num_threads)
+    batches = iter(loader)
+    next(batches)
+    # of the last page only, which no batch can read in between: what is mapped beyond a file's last page ends the process
+    os.truncate(frames, frames.stat().st_size - 4)
+    with pytest.raises(ValueError, match=r"frames\.npy"):
+        list(batches)
+    loader.close()
+
+
+def test_a_deleted_file_keeps_working(tmp_path):
+    dataset = make_synthetic(tmp_path / "data", num_clips=12)
+    expected = list(Loader(dataset, views=usdrl_views(8), batch_size=4))
+    loader = Loader(dataset, views=usdrl_views(8), batch_size=4)
+    (tmp_path / "data" / "frames.npy").unlink()
+    same(loader, expected)
+    same(Loader(dataset, views=usdrl_views(8), batch_size=4), expected)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +434,6 @@ def test_worker_error_names_the_clip(dataset, num_threads, monkeypatch):
         ({"num_threads": 1.5}, "num_threads must be a whole number, got 1.5"),
         ({"rank": None}, "rank must be a whole number, got None"),
         ({"world_size": "2"}, "world_size must be a whole number, got '2'"),
-        ({"cache_bytes": None}, "cache_bytes must be a whole number, got None"),
         ({"views": VIEWS[0]}, r"views must be a sequence of ViewSpec, got ViewSpec\("),
         ({"views": ["joint"]}, r"views must be a sequence of ViewSpec, got \['joint'\]"),
     ],
