@@ -28,9 +28,9 @@ from fastskel.provenance import provenance
 
 __all__ = ["PARTS", "main"]
 
-PARTS = ("environment", "peak", "tests", "kernels", "training", "step", "encoder")
+PARTS = ("environment", "peak", "tests", "kernels", "training", "step", "encoder", "loader")
 # tests and benchmarks of kernels compile them first; the parts of one call share TOTAL_S
-LIMITS_S = {"environment": 20, "peak": 60, "tests": 330, "kernels": 170, "training": 240, "step": 60, "encoder": 60}
+LIMITS_S = {"environment": 20, "peak": 60, "tests": 330, "kernels": 170, "training": 240, "step": 60, "encoder": 60, "loader": 60}
 TOTAL_S = 580
 # a part given less than this cannot even import torch
 LEAST_S = 10
@@ -184,6 +184,12 @@ def _jobs(given: argparse.Namespace, device: str) -> list[tuple[str, str, Callab
             jobs.append(
                 ("step", case, lambda child, c=case, a=command: _json_part(child, c, "fastskel.bench.step", *a))  # type: ignore[misc]
             )
+    # fp32 steps are too long for a loader to show beside them
+    for feed in ("cached", "native", "triton")[: None if device == "cuda" else 2]:
+        command = ["--recipe", given.recipes[0], "--precision", given.precisions[0], "--feed", feed, *on, *size, *quick]
+        jobs.append(
+            ("loader", feed, lambda child, c=feed, a=command: _json_part(child, f"step {c}", "fastskel.bench.step", *a))  # type: ignore[misc]
+        )
     for encoder in ("dste", "sttr"):
         arguments = ["--encoder", encoder, *on, *quick, "--batch", "8" if given.quick else "356"]
         jobs.append(("encoder", encoder, lambda child, a=arguments: _rows_part(child, given.out, "encoder", a)))  # type: ignore[misc]

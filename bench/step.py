@@ -1,8 +1,10 @@
-"""Time one training step of a recipe: forward, loss, backward and optimiser, on one batch that is already on the device.
+"""Time one training step of a recipe: forward, loss, backward and optimiser, on batches that are already on the device or fed.
 
 Run as `python -m fastskel.bench.step --recipe usdrl-dste --precision bf16`; the last line printed is one JSON object.
 A process per case: peak memory starts from nothing, and an error of the device ends with the process.
-The loader and the copy to the device are left out; DropPath is drawn on the host in every step, as in training.
+`--feed cached` repeats one batch and leaves the loader out; `native` and `triton` draw a new batch from that engine of the loader
+in every step, so that their time beside the cached one is what loading costs. DropPath is drawn on the host in every step, as
+in training.
 """
 
 from __future__ import annotations
@@ -14,20 +16,23 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastskel.data import Loader, make_synthetic
+from fastskel.data import Batch, Loader, make_synthetic
 from fastskel.recipes import RECIPES
 from fastskel.train import start
 
-__all__ = ["PRECISIONS", "STEP_RECIPES", "main", "measure", "setup"]
+__all__ = ["FEEDS", "PRECISIONS", "STEP_RECIPES", "Feed", "main", "measure", "setup"]
+
+Feed = Literal["cached", "native", "triton"]
+FEEDS: tuple[Feed, ...] = ("cached", "native", "triton")
 
 STEP_RECIPES = ("usdrl-dste", "usdrl-sttr")
 PRECISIONS = ("bf16", "fp32")
@@ -38,11 +43,18 @@ WARMUP_STEPS = 3
 MIN_STEPS, MAX_STEPS, BUDGET_S = 5, 30, 15.0
 # sizes at which a step takes milliseconds on a CPU: whether it runs, not how fast
 QUICK = {"width": 32, "frames": 16, "crop_min_frames": 16, "batch_size": 8}
+# an epoch begins with an empty ring, which is no part of a step's usual cost
+FED_BATCHES, FED_THREADS = 8, 2
+
+
+def _endless(loader: Loader) -> Iterator[Batch]:
+    return itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
 
 
 def setup(
-    recipe: str, precision: str, device: torch.device, *, batch_size: int | None = None, quick: bool = False
-) -> tuple[Callable[[int], Tensor], dict[str, Any]]:
+    recipe: str, precision: str, device: torch.device, *, batch_size: int | None = None, quick: bool = False,
+    feed: Feed = "cached",
+) -> tuple[Callable[[int], Tensor], dict[str, Any]]:  # fmt: skip
     """Prepare a training step of a registered recipe on synthetic motion.
 
     Args:
@@ -51,6 +63,7 @@ def setup(
         device: Where the step runs.
         batch_size: N; None takes the recipe's.
         quick: Take tiny sizes instead of the recipe's.
+        feed: "cached", or the engine of the loader that makes every step's batch.
     Returns:
         The step, from its number to its loss (), and what describes it.
     """
@@ -59,10 +72,17 @@ def setup(
         changes["batch_size"] = batch_size
     settings = replace(RECIPES[recipe](), **changes)
     with tempfile.TemporaryDirectory() as folder:
-        dataset = make_synthetic(Path(folder) / "data", num_clips=settings.batch_size, bodies=NUM_BODIES)
+        num_clips = settings.batch_size * (1 if feed == "cached" else FED_BATCHES)
+        dataset = make_synthetic(Path(folder) / "data", num_clips=num_clips, bodies=NUM_BODIES)
         (stage,) = settings.stages(dataset)
-        loader = Loader(dataset, views=stage.views, batch_size=stage.batch_size, seed=stage.seed)
-        batch = next(iter(loader)).to(device)
+        loader = Loader(
+            dataset, views=stage.views, batch_size=stage.batch_size, seed=stage.seed, num_threads=FED_THREADS, device=device,
+            engine="native" if feed == "cached" else feed,
+        )  # fmt: skip
+    # the files are gone, their map stays
+    batches = _endless(loader)
+    if feed == "cached":
+        batches = itertools.repeat(next(batches))
     encoder, objective = start(stage)
     encoder.to(device).train()
     objective.to(device).train()
@@ -71,7 +91,7 @@ def setup(
     )
 
     def step(number: int) -> Tensor:
-        addressed = batch.at(stage.seed, number)
+        addressed = next(batches).at(stage.seed, number)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             total: Tensor = objective.loss(objective.embed(encoder, addressed), addressed, 0.0).total
         optimizer.zero_grad(set_to_none=True)
@@ -80,7 +100,7 @@ def setup(
         return total.detach()
 
     about = {
-        "recipe": recipe, "precision": precision, "batch_size": stage.batch_size, "views": len(stage.views),
+        "recipe": recipe, "precision": precision, "feed": feed, "batch_size": stage.batch_size, "views": len(stage.views),
         "frames": stage.eval_view.frames, "encoder_options": dict(stage.encoder_options), "quick": quick,
         "parameters": sum(p.numel() for module in (encoder, objective) for p in module.parameters()),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -111,8 +131,9 @@ def _durations(step: Callable[[int], Tensor], first: int, count: int, device: to
 
 
 def measure(
-    recipe: str, precision: str, device: torch.device, *, batch_size: int | None = None, quick: bool = False
-) -> dict[str, Any]:
+    recipe: str, precision: str, device: torch.device, *, batch_size: int | None = None, quick: bool = False,
+    feed: Feed = "cached",
+) -> dict[str, Any]:  # fmt: skip
     """Time a step as `setup` prepares it, after checking that its loss is a number.
 
     Returns:
@@ -120,7 +141,7 @@ def measure(
     Raises:
         ValueError: If the loss is not finite.
     """
-    step, about = setup(recipe, precision, device, batch_size=batch_size, quick=quick)
+    step, about = setup(recipe, precision, device, batch_size=batch_size, quick=quick, feed=feed)
     # the first step is slow for reasons of its own, so it is the one to count in
     with FlopCounterMode(display=False) as counter:
         loss = float(step(0))
@@ -161,11 +182,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--batch-size", type=int, help="samples of a step; the recipe's by default")
+    parser.add_argument("--feed", choices=FEEDS, default=FEEDS[0], help="where batches come from")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
     given = parser.parse_args(arguments)
     figures = measure(
-        given.recipe, given.precision, torch.device(given.device), batch_size=given.batch_size, quick=given.quick
-    )
+        given.recipe, given.precision, torch.device(given.device), batch_size=given.batch_size, quick=given.quick,
+        feed=given.feed,
+    )  # fmt: skip
     print(json.dumps(figures))
     return 0
 

@@ -1,0 +1,281 @@
+"""How fast the native loader makes batches, beside a plain feeder, this machine's memory, and a consumer that trains.
+
+Run as `python -m fastskel.bench.loader --out FILE.jsonl [--parts ...]`. All parts make four views of clips like NTU's (60 to 120
+frames, two bodies, 25 joints, 64 frames out) in one run, in turns. Parts:
+
+speed     samples per second of one core: the plain feeder of `fastskel.bench.reference.feeder`, the NumPy definition, and native
+          code that writes float32 and bfloat16
+scaling   samples per second of 1, 2, .. native threads, and bytes written as a share of what copying reaches on as many cores
+consumer  a consumer that computes for about 80 ms a step, alone and fed with batches of 356
+memory    memory of a process and its workers while it iterates: the native loader, and DataLoader over the feeder
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fastskel.bench.harness import append_rows, compare, origin, quantiles
+from fastskel.bench.reference.feeder import Feeder, buffer_of
+from torch.utils.data import DataLoader
+
+from fastskel.data import Loader, PackedDataset, open_dataset, pack_arrays, usdrl_views
+
+__all__ = ["PARTS", "main"]
+
+PARTS = ("speed", "scaling", "consumer", "memory")
+VIEWS, FRAMES, BODIES, JOINTS, CHANNELS = 4, 64, 2, 25, 3
+SAMPLE_BYTES = VIEWS * FRAMES * BODIES * JOINTS * CHANNELS * 4
+BATCH, STEP_S = 356, 0.08
+MIN_LENGTH, MAX_LENGTH = 60, 120
+MIB = 1 << 20
+
+
+def make_data(folder: Path, num_clips: int) -> PackedDataset:
+    """Pack clips (T, 2, 25, 3) of NTU's length."""
+    draw = np.random.default_rng(0)
+
+    def clips() -> Iterator[np.ndarray[Any, Any]]:
+        for length in draw.integers(MIN_LENGTH, MAX_LENGTH + 1, num_clips):
+            yield draw.standard_normal((int(length), BODIES, JOINTS, CHANNELS)).astype(np.float32)
+
+    return pack_arrays(clips(), out=folder / "data", topology="ntu-25", labels=np.arange(num_clips) % 60)
+
+
+def loader_of(dataset: PackedDataset, **options: Any) -> Loader:
+    """Make the loader of USDRL's four views."""
+    return Loader(dataset, **{"views": usdrl_views(FRAMES), "batch_size": min(BATCH, len(dataset)), **options})
+
+
+def _endless(loader: Loader) -> Iterator[Any]:
+    return itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
+
+
+def _drawing(loader: Loader, count: int) -> Callable[[], None]:
+    batches = _endless(loader)
+
+    def draw() -> None:
+        for _ in range(count):
+            next(batches)
+
+    return draw
+
+
+def measure_speed(dataset: PackedDataset, rounds: int) -> Iterator[dict[str, Any]]:
+    """One core: nothing but the calling thread makes views."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    feeder = Feeder(*buffer_of(dataset))
+    order = itertools.cycle(np.random.default_rng(1).permutation(len(dataset)).tolist())
+    items, batches = BATCH // 2, 8
+
+    def feed() -> None:
+        for _ in range(items):
+            feeder[next(order)]
+
+    calls: dict[str, Callable[[], None]] = {"feeder": feed}
+    samples, size = {"feeder": items}, min(BATCH, len(dataset))
+    for name, options in {
+        "numpy": {"engine": "numpy"}, "native-float32": {}, "native-bfloat16": {"dtype": "bfloat16"},
+    }.items():  # fmt: skip
+        count = 1 if name == "numpy" else batches
+        calls[name] = _drawing(loader_of(dataset, num_threads=0, **options), count)
+        samples[name] = count * size
+    for timing in compare(calls, "feeder", rounds=rounds):
+        rate = 1e3 * samples[timing.provider] / timing.median_ms
+        share = samples[timing.provider] / items
+        yield {
+            "case": timing.provider, "samples_per_s": rate, "ratio": timing.speedup * share,
+            "ratio_q20": timing.speedup_q20 * share, "ratio_q80": timing.speedup_q80 * share, "noise": timing.noise,
+            "rounds": timing.rounds,
+        }  # fmt: skip
+    torch.set_num_threads(threads)
+
+
+def _copying(threads: int, size: int, count: int) -> Callable[[], None]:
+    """Copy `size` bytes `count` times in each of some threads, from memory that no cache holds to memory that none holds."""
+    pairs = [(np.ones(size, np.uint8), np.zeros(size, np.uint8)) for _ in range(threads)]
+
+    def copy_all() -> None:
+        def copy(pair: tuple[Any, Any]) -> None:
+            for _ in range(count):
+                np.copyto(pair[1], pair[0])
+
+        workers = [threading.Thread(target=copy, args=(pair,)) for pair in pairs]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    return copy_all
+
+
+def measure_scaling(dataset: PackedDataset, rounds: int) -> Iterator[dict[str, Any]]:
+    """Native threads and plain copies, on 1, 2, .. cores."""
+    cores, batches, copies = len(os.sched_getaffinity(0)), 12, 12
+    calls: dict[str, Callable[[], None]] = {}
+    size = min(BATCH, len(dataset))
+    for threads in range(1, cores + 1):
+        calls[f"copy-{threads}"] = _copying(threads, 64 * MIB, copies)
+        calls[f"native-{threads}"] = _drawing(loader_of(dataset, num_threads=threads), batches)
+    written = {name: 64 * MIB * copies * int(name[5:]) for name in calls if name.startswith("copy")}
+    written |= {name: SAMPLE_BYTES * size * batches for name in calls if name.startswith("native")}
+    timings = {timing.provider: timing for timing in compare(calls, "native-1", rounds=rounds)}
+    for name, timing in timings.items():
+        rate = 1e3 * written[name] / timing.median_ms
+        row = {"case": name, "bytes_per_s": rate, "noise": timing.noise, "rounds": timing.rounds}
+        if name.startswith("native"):
+            copied = 1e3 * written[f"copy-{name[7:]}"] / timings[f"copy-{name[7:]}"].median_ms
+            row |= {"samples_per_s": rate / SAMPLE_BYTES, "over_one_thread": timing.speedup, "share_of_copy": rate / copied}
+        yield row
+
+
+def _work(seconds: float) -> Callable[[], None]:
+    """Make a computation of one core and a fixed amount that takes about so long."""
+    a = torch.randn(512, 512)
+    begin = time.perf_counter()
+    for _ in range(20):
+        a @ a
+    count = max(1, round(seconds * 20 / (time.perf_counter() - begin)))
+
+    def work() -> None:
+        for _ in range(count):
+            a @ a
+
+    return work
+
+
+def measure_consumer(dataset: PackedDataset, rounds: int) -> Iterator[dict[str, Any]]:
+    """Steps of a consumer that computes on one core: alone, and beside two threads of the loader."""
+    torch.set_num_threads(1)
+    work, steps = _work(STEP_S), 12
+    batches = _endless(loader_of(dataset, num_threads=2))
+    alone: list[float] = []
+    beside: list[float] = []
+    waited: list[float] = []
+    for _ in range(rounds + 1):
+        for taken, fed in ((alone, False), (beside, True)):
+            for _ in range(steps):
+                begin = time.perf_counter()
+                if fed:
+                    batch = next(batches)
+                    waited.append(time.perf_counter() - begin)
+                begin = time.perf_counter()
+                work()
+                taken.append(time.perf_counter() - begin)
+                del begin
+    # the first round warms up, and finds the ring empty
+    alone, beside, waited = alone[steps:], beside[steps:], waited[steps:]
+    del batch
+    slower = [sum(b) / sum(a) for a, b in zip(_chunks(alone, steps), _chunks(beside, steps), strict=True)]
+    low, middle, high = quantiles(slower)
+    yield {
+        "case": f"{BATCH} per {1e3 * STEP_S:.0f} ms", "step_ms": 1e3 * quantiles(alone)[1],
+        "fed_step_ms": 1e3 * quantiles(beside)[1], "slower": middle - 1, "slower_q20": low - 1, "slower_q80": high - 1,
+        "waited_ms": 1e3 * quantiles(waited)[1], "waited_most_ms": 1e3 * max(waited), "rounds": rounds,
+    }  # fmt: skip
+
+
+def _chunks(values: list[float], size: int) -> list[list[float]]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def _tree_bytes(pid: int) -> int:
+    """Proportional share of memory of a process and its children."""
+    total = 0
+    for process in [pid, *_children(pid)]:
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+    return total
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found += [child, *_children(child)]
+    return found
+
+
+def _memory_of(kind: str, folder: Path, batches: int) -> None:
+    """Iterate in this process and print how far its memory rose above what the libraries and the data set take."""
+    dataset = open_dataset(folder / "data")
+    made: Iterator[Any]
+    if kind == "native":
+        before = _tree_bytes(os.getpid())
+        made = _endless(loader_of(dataset, num_threads=2))
+    else:
+        buffer = np.load(folder / "buffer.npy", mmap_mode="r")
+        before = _tree_bytes(os.getpid())
+        loaded = DataLoader(
+            Feeder(buffer, np.load(folder / "counts.npy")), BATCH, shuffle=True, num_workers=2, drop_last=True,
+            persistent_workers=True,
+        )  # fmt: skip
+        made = itertools.chain.from_iterable(iter(loaded) for _ in itertools.count())
+    peak = 0
+    for _ in range(batches):
+        batch = next(made)
+        peak = max(peak, _tree_bytes(os.getpid()))
+    del batch
+    print(json.dumps({"before_mib": before / MIB, "risen_mib": (peak - before) / MIB}))
+
+
+def measure_memory(dataset: PackedDataset) -> Iterator[dict[str, Any]]:
+    """Each in a process of its own."""
+    folder = dataset.path.parent
+    buffer, counts = buffer_of(dataset)
+    np.save(folder / "buffer.npy", buffer)
+    np.save(folder / "counts.npy", counts)
+    for kind in ("native", "dataloader"):
+        command = [sys.executable, "-m", "fastskel.bench.loader", "--child", kind, "--folder", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        yield {"case": kind, "batch_mib": SAMPLE_BYTES * BATCH / MIB, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure the parts, print and append their rows."""
+    parser = argparse.ArgumentParser(prog="python -m fastskel.bench.loader", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON lines file to add rows to")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--clips", type=int, default=3000)
+    parser.add_argument("--child", choices=("native", "dataloader"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.child:
+        _memory_of(given.child, given.folder, 12)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = make_data(Path(folder), given.clips)
+        parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+            "speed": lambda: measure_speed(dataset, given.rounds),
+            "scaling": lambda: measure_scaling(dataset, given.rounds),
+            "consumer": lambda: measure_consumer(dataset, given.rounds),
+            "memory": lambda: measure_memory(dataset),
+        }
+        for part in given.parts:
+            for row in parts[part]():
+                if given.out:
+                    append_rows(given.out, [{"part": f"loader-{part}", **row, **origin()}])
+                figures = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+                print(f"{part:<10}{figures}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
