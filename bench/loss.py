@@ -26,7 +26,8 @@ LIMIT = 1e-4
 
 
 def _reference(*stacks: Tensor) -> Tensor:
-    return reference.total(*(list(stack) for stack in stacks), weighting="aaai")
+    total: Tensor = reference.total(*(list(stack) for stack in stacks), weighting="aaai")
+    return total
 
 
 def _fastskel(*stacks: Tensor) -> Tensor:
