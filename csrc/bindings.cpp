@@ -92,6 +92,7 @@ PYBIND11_MODULE(_native, module) {
              py::arg("view").noconvert(), py::arg("use"), py::arg("num"));
   module.def("crop_resize", &crop_resize, py::arg("clip").noconvert(), py::arg("start"), py::arg("length"),
              py::arg("out_frames"));
+  fastskel::bind_formats(module);
   fastskel::bind_stream(module);
   fastskel::bind_views(module);
 }

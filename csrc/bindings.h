@@ -66,6 +66,7 @@ class ViewMakers {
   DType type_;
 };
 
+void bind_formats(pybind11::module_& module);
 void bind_views(pybind11::module_& module);
 void bind_stream(pybind11::module_& module);
 

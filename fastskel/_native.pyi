@@ -117,3 +117,14 @@ def instructions() -> str:
 
 def set_instructions(name: str) -> None:
     """Choose the instruction set for every view from now on, for tests: all give the same bits."""
+
+def parse_ntu(
+    data: bytes, path: str, num_joints: int, all_values: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    """Parse NTU RGB+D skeleton text of bodies with V joints.
+
+    Returns the bodies in each frame (T,), and frame after frame the body numbers (B,), the tracker's values (B, 9): clipped
+    edges, left hand's confidence and state, right hand's, restricted, lean x, y, tracking state; and the joints (B, V, 3), or
+    with `all_values` (B, V, 12): x, y, z, depth x, y, colour x, y, orientation w, x, y, z, tracking state. A ValueError
+    names line and path.
+    """

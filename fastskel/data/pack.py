@@ -22,7 +22,7 @@ from fastskel.data.clips import (
     plain_splits,
     plain_strings,
 )
-from fastskel.data.formats import FORMATS
+from fastskel.data.formats import FORMATS, SkipFile
 from fastskel.data.normalise import NORMALISATIONS, normalise
 from fastskel.data.packed import UP_AXES, PackedDataset, open_dataset
 from fastskel.data.source import open_source
@@ -169,6 +169,7 @@ def pack_source(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
+    options: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> PackSummary:
     """Pack the files of a public data set, clips of (T, M, V, C).
@@ -177,15 +178,18 @@ def pack_source(
         format_name: Name in `FORMATS`, such as "utd-mhad".
         src: Folder with the files, searched recursively, or the tar or zip archive they come in.
         dst: Folder to create. The same files give the same bytes.
+        options: What the format lets one choose, by name; None: its defaults.
         progress: Show a progress bar on standard error.
     Returns:
         Summary of what was packed and skipped.
     Raises:
-        ValueError: If the format is unknown or a file is damaged, naming it; nothing is left at `dst`.
+        ValueError: If the format or an option is unknown, a file is damaged, naming it, or every file is skipped;
+            nothing is left at `dst`.
     """
     from tqdm import tqdm
 
     fmt = FORMATS[format_name]
+    read = fmt.reader({} if options is None else options)
     begin = time.perf_counter()
     names: list[str] = []
     labels: list[int] = []
@@ -196,7 +200,11 @@ def pack_source(
         writer = FramesWriter(scratch / "frames.npy")
         try:
             for path in tqdm(files.paths, desc=f"packing {format_name}", unit="clip", disable=not progress):
-                clip = fmt.read(files.read(path), f"{os.fspath(src)}/{path}")
+                try:
+                    clip = read(files.read(path), f"{os.fspath(src)}/{path}")
+                except SkipFile as skip:
+                    files.skipped.append((path, str(skip)))
+                    continue
                 writer.append(clip.frames)
                 names.append(clip.name)
                 labels.append(clip.label)
@@ -204,6 +212,12 @@ def pack_source(
                 bodies.append(clip.frames.shape[1])
                 for column, values in columns.items():
                     values.append(clip.columns[column])
+            if not names:
+                path, reason = files.skipped[-1]
+                raise ValueError(
+                    f"pack_source: source must be with at least one clip, got none ({path}: {reason}), in {os.fspath(src)}. "
+                    "Correct the path or the options."
+                )
             writer.finish()
         finally:
             writer.close()

@@ -67,22 +67,26 @@ def _ucla_xsub(dataset: PackedDataset) -> NDArray[np.bool_]:
 
 
 @PROTOCOLS.register("ntu-60/xsub")
+@PROTOCOLS.register("ntu60/xsub")
 def _ntu_60_xsub(dataset: PackedDataset) -> NDArray[np.bool_]:
     train = [subject for subject in NTU_TRAIN_SUBJECTS if subject <= _NTU_60_SUBJECTS]
     return np.isin(_clip_column(dataset, "subject"), train)
 
 
 @PROTOCOLS.register("ntu-60/xview")
+@PROTOCOLS.register("ntu60/xview")
 def _ntu_60_xview(dataset: PackedDataset) -> NDArray[np.bool_]:
     return np.isin(_clip_column(dataset, "camera"), _NTU_TRAIN_CAMERAS)
 
 
 @PROTOCOLS.register("ntu-120/xsub")
+@PROTOCOLS.register("ntu120/xsub")
 def _ntu_120_xsub(dataset: PackedDataset) -> NDArray[np.bool_]:
     return np.isin(_clip_column(dataset, "subject"), NTU_TRAIN_SUBJECTS)
 
 
 @PROTOCOLS.register("ntu-120/xset")
+@PROTOCOLS.register("ntu120/xset")
 def _ntu_120_xset(dataset: PackedDataset) -> NDArray[np.bool_]:
     return np.asarray(_clip_column(dataset, "setup") % 2 == 0)
 
@@ -119,7 +123,8 @@ def split(
         dataset: Packed data set.
         protocol: A protocol of its `splits.json`, else a rule for its source: utd-mhad xsub (odd subjects train);
             nw-ucla xview (cameras 1 and 2 train), xview-clean (the same without the test clips that repeat a training
-            clip), xsub (subject 10 tests; "xsub:3" lets subject 3 test); ntu-60 xsub, xview; ntu-120 xsub, xset;
+            clip), xsub (subject 10 tests; "xsub:3" lets subject 3 test); ntu60 xsub, xview (cameras 2 and 3 train);
+            ntu120 xsub, xset (even setups train); ntu-60 and ntu-120 are other names of the two;
             pku-mmd xview, xsub (from a list).
         split_file: The user's own split instead: a JSON file {"train": [...], "test": [...]} of clip names or indices,
             or two text files, train and test, of one clip name per line.

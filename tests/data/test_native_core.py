@@ -1,4 +1,4 @@
-"""The C++ core under sanitizers, without Python: its tests, and its parser on good, bad and mutated files."""
+"""The C++ core under sanitizers, without Python: its tests, and its parsers on good, bad and mutated files."""
 
 from __future__ import annotations
 
@@ -72,8 +72,9 @@ def test_core(built: Path) -> None:
     assert run(built / "native_tests").endswith(" checks, 0 failed\n")
 
 
-def test_parser_on_mutated_files(built: Path) -> None:
-    corpus = ROOT / "csrc" / "fuzz" / "corpus"
+@pytest.mark.parametrize(("target", "least"), [("clips", 12), ("ntu_text", 15)])
+def test_parsers_on_mutated_files(built: Path, target: str, least: int) -> None:
+    corpus = ROOT / "csrc" / "fuzz" / "corpus" / target
     num_inputs = len(list(corpus.iterdir()))
-    assert num_inputs >= 12
-    assert run(built / "fuzz_corpus", corpus, MUTATIONS) == f"{num_inputs} inputs, {MUTATIONS} mutations\n"
+    assert num_inputs >= least
+    assert run(built / f"corpus_{target}", corpus, MUTATIONS) == f"{num_inputs} inputs, {MUTATIONS} mutations\n"

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastskel.registry import Registry
 
-__all__ = ["FORMATS", "Format", "SourceClip", "finite_frames", "unreadable"]
+__all__ = ["FORMATS", "Format", "SkipFile", "SourceClip", "finite_frames", "unreadable"]
+
+
+class SkipFile(Exception):
+    """A sound file that holds no clip of the data set; its text is the reason, as the summary lists it."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,9 @@ class Format:
         up_axis: Axis that points up, "y", or "-y" where it points down.
         class_names: Names of the K classes.
         columns: Names of the per-clip columns.
-        read: Reads (contents, path for messages); raises ValueError naming the path.
+        read: Reads (contents, path for messages), and options after them if there are any; raises ValueError naming
+            the path, or SkipFile.
+        options: Frozen dataclass with the defaults of what a user may choose, None where there is no choice.
     """
 
     topology: str
@@ -52,7 +60,23 @@ class Format:
     up_axis: str
     class_names: tuple[str, ...]
     columns: tuple[str, ...]
-    read: Callable[[bytes, str], SourceClip]
+    read: Callable[..., SourceClip]
+    options: Any = None
+
+    def reader(self, chosen: Mapping[str, Any]) -> Callable[[bytes, str], SourceClip]:
+        """Return `read` with the options that a user chose, by name, and defaults for the others.
+
+        Raises:
+            ValueError: If there is no such option, or it does not fit.
+        """
+        known = [] if self.options is None else [field.name for field in fields(self.options)]
+        for name in chosen:
+            if name not in known:
+                raise ValueError(
+                    f"pack_source: options must be among those of the format ({', '.join(known) or 'none'}), "
+                    f"got {name!r}. Leave it out."
+                )
+        return self.read if self.options is None else partial(self.read, options=replace(self.options, **chosen))
 
 
 FORMATS: Registry[Format] = Registry("format")

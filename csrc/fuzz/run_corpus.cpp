@@ -1,4 +1,4 @@
-// Runs the fuzz target without libFuzzer: every file of a folder, then random mutations of them.
+// Runs a fuzz target without libFuzzer: every file of a folder, then random mutations of them.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -54,12 +54,12 @@ Bytes mutated(Bytes bytes, std::mt19937_64& random) {
 
 int main(int count, char** arguments) {
   if (count != 3) {
-    std::fprintf(stderr, "usage: fuzz_corpus FOLDER MUTATIONS\n");
+    std::fprintf(stderr, "usage: run_corpus FOLDER MUTATIONS\n");
     return 2;
   }
   const std::vector<Bytes> inputs = read_folder(arguments[1]);
   if (inputs.empty()) {
-    std::fprintf(stderr, "fuzz_corpus: FOLDER must hold inputs, got none in %s\n", arguments[1]);
+    std::fprintf(stderr, "run_corpus: FOLDER must hold inputs, got none in %s\n", arguments[1]);
     return 2;
   }
   for (const Bytes& input : inputs) LLVMFuzzerTestOneInput(input.data(), input.size());
