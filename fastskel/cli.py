@@ -1,16 +1,16 @@
-"""The command line: `fastskel pack | info | show | pretrain | evaluate | export | demo`."""
+"""The command line: `fastskel pack | info | show | check | pretrain | evaluate | export | demo`."""
 
 from __future__ import annotations
 
 import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+from tyro.conf import DisallowNone, Fixed, FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress, arg
 
 if TYPE_CHECKING:
     from fastskel.data.packed import PackedDataset
@@ -27,6 +27,7 @@ ABOUT = f"""usage: {PROG} COMMAND ...
   pack SOURCE SRC DST           raw files into a packed data set
   info DATA                     what a packed data set holds
   show DATA CLIP                pictures of one clip
+  check DATA                    what is wrong with a packed data set
   pretrain RECIPE DATA          train an encoder
   evaluate knn|linear RUN DATA  how good its features are
   export RUN --to usdrl         a checkpoint for the reference's scripts
@@ -42,18 +43,22 @@ Clip = Annotated[Positional[str], arg(metavar="CLIP")]
 Run = Annotated[Positional[Path], arg(metavar="RUN")]
 
 
-def _pack_command(source: str) -> Command:
-    def pack(src: Src, dst: Dst, quiet: bool = False) -> None:
+def _pack_command(source: str, defaults: Any) -> Command:
+    def pack(src: Src, dst: Dst, quiet: bool = False, reader: Any = defaults) -> None:
         from fastskel.data.pack import pack_source
 
-        print(pack_source(source, src, dst, progress=not quiet))
+        options = {} if reader is None else {field.name: getattr(reader, field.name) for field in fields(reader)}
+        print(pack_source(source, src, dst, options=options, progress=not quiet))
 
+    # tyro reads the reader's own options off this annotation
+    pack.__annotations__["reader"] = Annotated[None, Suppress, Fixed] if defaults is None else type(defaults)
     pack.__doc__ = f"""Pack the files of {source} into a folder that fastskel maps into memory.
 
     Args:
         src: Folder with the files, or the archive they come in.
         dst: Folder to create.
         quiet: Show no progress bar.
+        reader: What the reader of {source} lets one choose.
     """
     return pack
 
@@ -85,6 +90,47 @@ def show(data: Data, clip: Clip, out: Path = Path()) -> None:
     number = int(clip) if clip.isdecimal() and clip not in set(dataset.names.tolist()) else clip
     for path in draw(dataset, number, out):
         print(path)
+
+
+def check(
+    data: Data,
+    protocol: str | None = None,
+    split_file: Path | None = None,
+    json: Path | None = None,
+    picture: Path | None = None,
+    crop: int = 64,
+    fail_on: Literal["error", "warning", "never"] = "error",
+    quiet: bool = False,
+) -> None:
+    """Find what is wrong with a packed data set: damage, repeats and leaks, wrong units, labels, segments.
+
+    Ends with code 0 if nothing of the chosen severity was found, with 1 if something was, with 2 if the data or an
+    option is unusable.
+
+    Args:
+        data: Packed data set.
+        protocol: Compare the parts of this protocol; by default those of every protocol of the data set.
+        split_file: Compare the parts of this JSON file of clip names or numbers under train and test.
+        json: Write all findings to this file.
+        picture: Draw an overview to this PNG file.
+        crop: Frames of a training crop; shorter clips are noted.
+        fail_on: Least severity that ends with code 1.
+        quiet: Show no progress bar.
+    """
+    from fastskel.data.check import check_dataset
+    from fastskel.data.packed import open_dataset
+
+    dataset = open_dataset(data)
+    report = check_dataset(dataset, protocol=protocol, split_file=split_file, crop=crop, progress=not quiet)
+    print(report.table())
+    if json is not None:
+        report.write_json(json)
+    if picture is not None:
+        from fastskel.data.check_picture import draw_check
+
+        draw_check(report, dataset, picture)
+    if fail_on != "never" and report.at_least(fail_on):
+        raise SystemExit(1)
 
 
 def _parts(dataset: PackedDataset, protocol: str | None, split_file: Path | None) -> tuple[str, Split] | None:
@@ -307,7 +353,7 @@ def demo(out: Path = Path("demo-run"), seed: int = 0, quick: bool = False) -> No
 def _pack_commands() -> dict[str, Command]:
     from fastskel.data.formats import FORMATS
 
-    return {name: _pack_command(name) for name in FORMATS}
+    return {name: _pack_command(name, FORMATS[name].options) for name in FORMATS}
 
 
 def _pretrain_commands() -> dict[str, Command]:
@@ -321,6 +367,7 @@ COMMANDS: Mapping[str, Command | tuple[str, Callable[[], dict[str, Command]]]] =
     "pack": ("SOURCE", _pack_commands),
     "info": info,
     "show": show,
+    "check": check,
     "pretrain": ("RECIPE", _pretrain_commands),
     "evaluate": ("TASK", lambda: {"knn": knn, "linear": linear}),
     "export": export,
@@ -364,8 +411,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0; 2 after an error that a user can mend, in one line on standard error; 3 if a training stopped; 130 after
-        Ctrl-C.
+        0; 1 if a check found something; 2 after an error that a user can mend, in one line on standard error; 3 if a
+        training stopped; 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -379,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(arguments)
     except SystemExit as asked:
-        # tyro has printed its help, or what is wrong with the options
+        # tyro has printed its help, or what is wrong with the options; or a check has found something
         return int(asked.code or 0)
     except (ValueError, OSError) as error:
         # one line, whatever a library's message holds

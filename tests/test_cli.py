@@ -28,7 +28,7 @@ SMALL_OPTIONS = (
     "--threads 1 --device cpu --quiet"
 )
 SMALL = SMALL_OPTIONS.split()
-COMMANDS = ("pack", "info", "show", "pretrain", "evaluate", "export", "demo")
+COMMANDS = ("pack", "info", "show", "check", "pretrain", "evaluate", "export", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,7 @@ def test_help(capsys) -> None:
     [
         ("info", ["DATA", "--verify"]),
         ("show", ["DATA", "CLIP", "--out"]),
+        ("check", ["DATA", "--protocol", "--split-file", "--json", "--picture", "--crop", "--fail-on", "--quiet"]),
         ("export", ["RUN", "--to", "--out"]),
         ("demo", ["--out", "--seed", "--quick"]),
         ("pack", ["nw-ucla", "utd-mhad"]),
@@ -134,7 +135,8 @@ def test_unknown_names(capsys) -> None:
     assert "RECIPE must be one of usdrl-demo," in error and "Did you mean usdrl-small" in error
     assert "got none. See fastskel pretrain --help." in refused(capsys, "pretrain")
     assert "got '--epochs'" in refused(capsys, "pretrain", "--epochs", "3", "usdrl-small", "data")
-    assert "SOURCE must be one of nw-ucla, utd-mhad, got 'imagenet'" in refused(capsys, "pack", "imagenet", "a", "b")
+    known = "ntu120, ntu60, nw-ucla, utd-mhad"
+    assert f"SOURCE must be one of {known}, got 'imagenet'" in refused(capsys, "pack", "imagenet", "a", "b")
     assert "TASK must be one of knn, linear, got 'knm'. Did you mean knn?" in refused(capsys, "evaluate", "knm")
 
 
@@ -207,6 +209,48 @@ def test_damage_is_one_line(tmp_path, capsys, monkeypatch) -> None:
     for command in (["info", "packed"], ["pretrain", "usdrl-demo", "packed"], ["show", "packed", "0"]):
         assert "frames.npy" in refused(capsys, *command)
     assert not (tmp_path / "runs").exists()
+
+
+def test_check(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_synthetic("clean", num_clips=12, num_classes=3, num_subjects=4)
+    assert main(["check", "clean", "--quiet", "--fail-on", "warning"]) == 0
+    output = capsys.readouterr()
+    assert "12 clips" in output.out and "protocol xsub" in output.out and output.err == ""
+    assert "0 errors, 0 warnings" in output.out and "short-clip" in output.out
+    motion = [np.array(open_dataset("clean").clip(number)) for number in range(4)]
+    motion[2][10:20] = motion[2][10]
+    motion[3] = motion[0]
+    pack_arrays(motion, out="bad", topology="ntu-25", labels=[0, 1, 0, 1], names=["a", "b", "c", "d"])
+    Path("split.json").write_text('{"train": ["a", "b"], "test": ["c", "d"]}')
+    # a frozen clip is a warning, a leak an error
+    pack_arrays(motion[:3], out="frozen", topology="ntu-25", labels=[0, 1, 0], names=["a", "b", "c"])
+    for data, fail_on, code in [
+        ("frozen", "error", 0), ("frozen", "warning", 1), ("frozen", "never", 0),
+        ("bad", "error", 1), ("bad", "never", 0),
+    ]:  # fmt: skip
+        assert main(["check", data, "--quiet", "--fail-on", fail_on]) == code
+        assert "frozen-frames" in capsys.readouterr().out
+    options = ["--split-file", "split.json", "--json", "found.json", "--picture", "found.png", "--crop", "30"]
+    assert main(["check", "bad", "--quiet", *options]) == 1
+    assert "d [0:" in capsys.readouterr().out
+    found = {(finding["kind"], finding["name"]) for finding in json.loads(Path("found.json").read_text())["findings"]}
+    assert {("leaked-clip", "d"), ("frozen-frames", "c")} <= found
+    assert Path("found.png").read_bytes().startswith(b"\x89PNG")
+    # the bar is on standard error, apart from what may be piped
+    assert main(["check", "clean"]) == 0
+    assert "12/12" in capsys.readouterr().err
+
+
+def test_check_refuses(here, capsys) -> None:
+    assert "no such folder, in nowhere" in refused(capsys, "check", "nowhere")
+    assert "protocol must be one of those for 'synthetic'" in refused(capsys, "check", "data", "--protocol", "xset", "--quiet")
+    assert "crop must be a whole number" in refused(capsys, "check", "data", "--crop", "0", "--quiet")
+    both = ["--protocol", "xsub", "--split-file", "x.json", "--quiet"]
+    assert "protocol or split_file must be given, got both" in refused(capsys, "check", "data", *both)
+    assert "path must be writable" in refused(capsys, "check", "data", "--json", "no/where.json", "--quiet")
+    assert "path must be writable" in refused(capsys, "check", "data", "--picture", "no/where.png", "--quiet")
+    assert main(["check", "data", "--fail-on", "sometimes"]) == 2
 
 
 def test_pretrain_names_its_run(here, capsys) -> None:

@@ -1,7 +1,9 @@
 """Data: packed data sets, views, the loader, protocols and synthetic motion."""
 
 from fastskel.data.batch import Batch, DrawAddress, View
+from fastskel.data.check import CheckThresholds, check_dataset
 from fastskel.data.distort import BodyMask, FrameMask, GaussianBlur, GaussianNoise, Mirror
+from fastskel.data.findings import CheckReport, Finding
 from fastskel.data.loader import Loader
 from fastskel.data.normalise import prenorm
 from fastskel.data.pack import pack_arrays, pack_source
@@ -27,10 +29,13 @@ __all__ = [
     "Batch",
     "BodyMask",
     "CenterCrop",
+    "CheckReport",
+    "CheckThresholds",
     "ClipAddress",
     "ClipDataset",
     "ClipTransform",
     "DrawAddress",
+    "Finding",
     "FrameMask",
     "GaussianBlur",
     "GaussianNoise",
@@ -49,6 +54,7 @@ __all__ = [
     "Transform",
     "View",
     "ViewSpec",
+    "check_dataset",
     "eval_view",
     "holdout",
     "make_synthetic",
