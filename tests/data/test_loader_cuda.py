@@ -10,7 +10,8 @@ from fastskel.data.transforms import Shear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
-VIEWS = (*usdrl_views(16, num_views=3, normalise="center", min_frames=8), ViewSpec(stream="motion", frames=16, transforms=(Shear(),)))
+MOTION = ViewSpec(stream="motion", frames=16, transforms=(Shear(),))
+VIEWS = (*usdrl_views(16, num_views=3, normalise="center", min_frames=8), MOTION)
 
 
 @pytest.fixture(scope="module")
