@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 from fastskel.bench.harness import append_rows, compare, origin, quantiles
-from fastskel.bench.reference.feeder import Feeder, buffer_of
+from fastskel.bench.reference.feeder import Feeder
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from fastskel.data import Loader, PackedDataset, open_dataset, pack_arrays, usdrl_views
@@ -40,6 +41,8 @@ VIEWS, FRAMES, BODIES, JOINTS, CHANNELS = 4, 64, 2, 25, 3
 SAMPLE_BYTES = VIEWS * FRAMES * BODIES * JOINTS * CHANNELS * 4
 BATCH, STEP_S = 356, 0.08
 MIN_LENGTH, MAX_LENGTH = 60, 120
+# length of the published files' zero-padded clips
+BUFFER_FRAMES = 300
 MIB = 1 << 20
 
 
@@ -52,6 +55,20 @@ def make_data(folder: Path, num_clips: int) -> PackedDataset:
             yield draw.standard_normal((int(length), BODIES, JOINTS, CHANNELS)).astype(np.float32)
 
     return pack_arrays(clips(), out=folder / "data", topology="ntu-25", labels=np.arange(num_clips) % 60)
+
+
+def buffer_of(dataset: PackedDataset, frames: int = BUFFER_FRAMES) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Unpack clips to the published layout.
+
+    Returns:
+        Clips padded with zeros or cut to the same length, (n, C, frames, V, M), and their frames, (n,).
+    """
+    _, bodies, joints, channels = dataset.frames.shape
+    buffer = np.zeros((len(dataset), channels, frames, joints, bodies), np.float32)
+    counts = np.minimum(dataset.num_frames, frames)
+    for number, count in enumerate(counts.tolist()):
+        buffer[number, :, :count] = dataset.clip(number)[:count].transpose(3, 0, 2, 1)
+    return buffer, counts
 
 
 def loader_of(dataset: PackedDataset, **options: Any) -> Loader:

@@ -12,27 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastskel.data.packed import PackedDataset
+__all__ = ["Feeder"]
 
-__all__ = ["BUFFER_FRAMES", "Feeder", "buffer_of"]
-
-# length of the published files' zero-padded clips
-BUFFER_FRAMES = 300
 LEAST_SHARE, MIN_FRAMES, CORRUPTED = 0.1, 64, 0.6
-
-
-def buffer_of(dataset: PackedDataset, frames: int = BUFFER_FRAMES) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Unpack clips to the published layout.
-
-    Returns:
-        Clips padded with zeros or cut to the same length, (n, C, frames, V, M), and their frames, (n,).
-    """
-    _, bodies, joints, channels = dataset.frames.shape
-    buffer = np.zeros((len(dataset), channels, frames, joints, bodies), np.float32)
-    counts = np.minimum(dataset.num_frames, frames)
-    for number, count in enumerate(counts.tolist()):
-        buffer[number, :, :count] = dataset.clip(number)[:count].transpose(3, 0, 2, 1)
-    return buffer, counts
 
 
 class Feeder(torch.utils.data.Dataset[list[NDArray[np.float32]]]):
