@@ -92,6 +92,10 @@ def _own_step(counter: Counter, batch: int, kernels: str) -> None:
     with contextlib.ExitStack() as stack:
         # not through its operator, which hides what it launches
         stack.enter_context(mock.patch("fastskel.objectives.functional.decorrelate", decorrelate_torch))
+        # a GPU takes whole matrices; blocks are for the caches of the CPU that counts here
+        for size in ("kernels.decorrelation.BLOCK_ELEMENTS", "kernels.decorrelation.LEAF_ROWS"):
+            stack.enter_context(mock.patch(f"fastskel.{size}", 1 << 62))
+        stack.enter_context(mock.patch("fastskel.objectives.functional.BLOCK_ELEMENTS", 1 << 62))
         stack.enter_context(mock.patch.object(DSTE, "_drops", return_value=(drops, drops)))
         if kernels == "triton":
             stack.enter_context(kernels_stood_in(counter))
