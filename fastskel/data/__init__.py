@@ -2,6 +2,7 @@
 
 from fastskel.data.batch import Batch, DrawAddress, View
 from fastskel.data.check import CheckThresholds, check_dataset
+from fastskel.data.convert import convert_dataset, convert_joints, correspondence
 from fastskel.data.distort import BodyMask, FrameMask, GaussianBlur, GaussianNoise, Mirror
 from fastskel.data.findings import CheckReport, Finding
 from fastskel.data.loader import Loader
@@ -55,6 +56,9 @@ __all__ = [
     "View",
     "ViewSpec",
     "check_dataset",
+    "convert_dataset",
+    "convert_joints",
+    "correspondence",
     "eval_view",
     "holdout",
     "make_synthetic",
