@@ -1,10 +1,10 @@
 """From one skeleton layout to another: joints that correspond, means of joints that lie around one, and what is missing.
 
-A joint of the target takes the first of these that the source has: the joint of its name; the joint that other sensors put in
-its place (hip centre and spine base, spine and torso, the middle of both shoulders and the neck of OpenPose, wrist and hand, ankle
-and foot, head and nose); the mean of left and right hips or shoulders. What remains is absent, zero in all channels: eyes and ears
-of a depth camera's skeleton, finger tips and thumbs of any other. Layouts that differ in a joint's place by some centimetres stay
-so.
+A joint of the target takes the first of these that the source has: the joint of its name; the joint that other
+sensors put in its place (hip centre and spine base, spine and torso, the middle of both shoulders and the neck of
+OpenPose, wrist and hand, ankle and foot, head and nose); the mean of left and right hips or shoulders. What remains
+is absent, zero in all channels: eyes and ears of a depth camera's skeleton, finger tips and thumbs of any other.
+Layouts that differ in a joint's place by some centimetres stay so.
 """
 
 from __future__ import annotations
