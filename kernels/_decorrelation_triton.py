@@ -46,10 +46,8 @@ from fastskel.kernels.standardize import (
 )
 from torch import Tensor
 
-__all__ = ["GRAM_LIMIT", "decorrelate_triton", "form_of", "pass_cost"]
+__all__ = ["decorrelate_triton", "form_of", "pass_cost"]
 
-# batches up to this many times the features go by Gram matrices; in torch the forms cross at 1.25 to 1.9, by operations later
-GRAM_LIMIT = 1.5
 DEFAULTS = Options()
 PRECISIONS = ("ieee", "tf32x3")
 FORMS = ("gram", "direct")
@@ -172,8 +170,8 @@ def _gram_gradient_kernel(
 
 
 def form_of(num_rows: int, width: int) -> str:
-    """Choose "gram" or "direct" for (W, N, D), by N / D; the limit is of torch on CPUs, not yet measured on a GPU."""
-    return "gram" if num_rows <= GRAM_LIMIT * width else "direct"
+    """Choose "gram" or "direct" for (W, N, D): above N = D, W Gram matrices would take more memory than as many of D x D."""
+    return "gram" if num_rows <= width else "direct"
 
 
 def pass_cost(

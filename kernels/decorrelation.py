@@ -65,14 +65,15 @@ CROSSOVERS = {"cpu": (1.2, 0.85), "cuda": (1.0, 0.75)}
 
 
 def choose_form(num_rows: int, width: int, num_views: int, device: torch.device) -> Forms:
-    """Choose the faster forms for embeddings (W, N, D): Gram matrices of small batches, D x D in panels of large ones.
+    """Choose forms for embeddings (W, N, D): Gram matrices of small batches, D x D in panels of large ones.
 
-    Each view has one Gram matrix for all its pairs, so that with more views these win for longer.
+    Covariances take the faster one: one matrix at a time is alive. Pairs of views hold one Gram matrix per view, which would win
+    for longer with more views, until N = 2.5 D with four; but above N = D they would be larger than D x D matrices.
     """
     covariance, pairs = CROSSOVERS.get(device.type, CROSSOVERS["cuda"])
     return Forms(
         "gram" if num_rows <= covariance * width else "direct",
-        "gram" if num_rows <= pairs * max(num_views - 1, 1) * width else "direct",
+        "gram" if num_rows <= min(pairs * max(num_views - 1, 1), 1.0) * width else "direct",
     )
 
 

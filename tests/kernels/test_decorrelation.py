@@ -252,10 +252,14 @@ def test_what_is_not_computed_costs_nothing() -> None:
 def test_forms_are_chosen_by_size() -> None:
     cpu = torch.device("cpu")
     assert choose_form(356, 2048, 4, cpu) == ("gram", "gram")
-    assert choose_form(4096, 2048, 4, cpu) == ("direct", "gram")
+    assert choose_form(2048, 2048, 4, cpu) == ("gram", "gram")
+    # faster by Gram matrices, but those would be larger than D x D
+    assert choose_form(2049, 2048, 4, cpu) == ("gram", "direct")
+    assert choose_form(4096, 2048, 4, cpu) == ("direct", "direct")
     assert choose_form(8192, 2048, 4, cpu) == ("direct", "direct")
     # one Gram matrix serves all pairs of a view
-    assert choose_form(4096, 2048, 2, cpu).pairs == "direct"
+    assert choose_form(1800, 2048, 4, cpu).pairs == "gram"
+    assert choose_form(1800, 2048, 2, cpu).pairs == "direct"
 
 
 def example(dtype: torch.dtype = SINGLE) -> tuple[Tensor, Energies]:
