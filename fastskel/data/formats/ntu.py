@@ -112,7 +112,7 @@ def read(data: bytes, path: str, options: NtuOptions = NtuOptions(), num_classes
     name = PurePosixPath(path).stem
     match = _NAME.fullmatch(name)
     if match is None or not 1 <= int(match[5]) <= len(CLASSES):
-        contract = "named S<setup>C<camera>P<subject>R<replication>A<action>.skeleton, actions 001 to 120,"
+        contract = "named S<setup>C<camera>P<subject>R<replication>A<action>.skeleton, actions 001 to 120"
         raise unreadable(contract, PurePosixPath(path).name, path)
     *origin, action = (int(digits) for digits in match.groups())
     if action > num_classes:
