@@ -349,3 +349,22 @@ _add(
         },
     },
 )
+
+# Penn Action: 13 joints marked in pictures, the head instead of nose, eyes and ears
+_add(
+    "penn-13",
+    "head left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist left_hip right_hip left_knee right_knee "
+    "left_ankle right_ankle",
+    centre="head",
+    head="head",
+    bones={
+        "plain": {
+            "*_shoulder": "head",
+            "*_elbow": "*_shoulder",
+            "*_wrist": "*_elbow",
+            "*_hip": "*_shoulder",
+            "*_knee": "*_hip",
+            "*_ankle": "*_knee",
+        },
+    },
+)

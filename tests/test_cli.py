@@ -19,6 +19,7 @@ import torch
 
 from fastskel.cli import main
 from fastskel.data import make_synthetic, open_dataset, pack_arrays
+from fastskel.data.formats import FORMATS
 from fastskel.objectives import MGFD
 from fastskel.recipes import RECIPES, USDRLRecipe
 
@@ -135,7 +136,7 @@ def test_unknown_names(capsys) -> None:
     assert "RECIPE must be one of usdrl-demo," in error and "Did you mean usdrl-small" in error
     assert "got none. See fastskel pretrain --help." in refused(capsys, "pretrain")
     assert "got '--epochs'" in refused(capsys, "pretrain", "--epochs", "3", "usdrl-small", "data")
-    known = "ntu120, ntu60, nw-ucla, utd-mhad"
+    known = ", ".join(FORMATS)
     assert f"SOURCE must be one of {known}, got 'imagenet'" in refused(capsys, "pack", "imagenet", "a", "b")
     assert "TASK must be one of knn, linear, got 'knm'. Did you mean knn?" in refused(capsys, "evaluate", "knm")
 

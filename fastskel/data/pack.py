@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from fastskel.data.clips import (
     plain_splits,
     plain_strings,
 )
-from fastskel.data.formats import FORMATS, SkipFile
+from fastskel.data.formats import FORMATS, SkipFile, SourceClip
+from fastskel.data.gather import GatheredExtras
 from fastskel.data.normalise import NORMALISATIONS, normalise
 from fastskel.data.packed import UP_AXES, PackedDataset, open_dataset
 from fastskel.data.source import open_source
+from fastskel.data.topology_file import topology_to_json
 from fastskel.data.writer import FramesWriter, destination, write_array, write_json, write_meta
 from fastskel.skeleton import TOPOLOGIES, Topology
 from fastskel.skeleton import topology as named_topology
@@ -44,6 +47,7 @@ class PackSummary:
         bodies: Most bodies in one clip.
         skipped: Path and reason of every file that holds no clip.
         seconds: Wall-clock time.
+        notes: Clip name and remark, where the user should know something about a clip that was packed.
     """
 
     path: Path
@@ -52,6 +56,7 @@ class PackSummary:
     bodies: int
     skipped: tuple[tuple[str, str], ...]
     seconds: float
+    notes: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         lines = [f"packed {self.clips:,} clips, {self.frames:,} frames, {self.bodies} bodies at most, into {self.path}"]
@@ -59,6 +64,9 @@ class PackSummary:
         lines += [f"  skipped {path}: {reason}" for path, reason in self.skipped[:10]]
         if len(self.skipped) > 10:
             lines.append(f"  and {len(self.skipped) - 10} more files")
+        lines += [f"  note {name}: {remark}" for name, remark in self.notes[:40]]
+        if len(self.notes) > 40:
+            lines.append(f"  and {len(self.notes) - 40} more notes")
         return "\n".join(lines)
 
 
@@ -189,14 +197,24 @@ def pack_source(
     from tqdm import tqdm
 
     fmt = FORMATS[format_name]
-    read = fmt.reader({} if options is None else options)
+    chosen = {} if options is None else options
+    read: Callable[..., SourceClip] = fmt.reader(chosen)
+    fmt = fmt.adapted(chosen)
+    beside = None if fmt.annotations is None else fmt.annotations.pattern
+    extras = GatheredExtras(fmt)
     begin = time.perf_counter()
     names: list[str] = []
     labels: list[int] = []
     lengths: list[int] = []
     bodies: list[int] = []
-    columns: dict[str, list[int]] = {column: [] for column in fmt.columns}
-    with destination("pack_source", dst) as scratch, open_source(src, fmt.suffix, scratch) as files:
+    columns: dict[str, list[int | str]] = {column: [] for column in fmt.columns}
+    with (
+        destination("pack_source", dst) as scratch,
+        open_source(src, fmt.suffix, scratch, beside=beside, unique_names=fmt.unique_names) as files,
+    ):
+        if fmt.annotations is not None:
+            annotations = fmt.annotations.parse({f"{os.fspath(src)}/{path}": files.read(path) for path in files.beside})
+            read = partial(read, annotations=annotations)
         writer = FramesWriter(scratch / "frames.npy")
         try:
             for path in tqdm(files.paths, desc=f"packing {format_name}", unit="clip", disable=not progress):
@@ -205,6 +223,7 @@ def pack_source(
                 except SkipFile as skip:
                     files.skipped.append((path, str(skip)))
                     continue
+                extras.take(clip, path)
                 writer.append(clip.frames)
                 names.append(clip.name)
                 labels.append(clip.label)
@@ -221,22 +240,30 @@ def pack_source(
             writer.finish()
         finally:
             writer.close()
+        classes, class_names = extras.classes(labels)
         meta = {
             "source": format_name,
             "topology": fmt.topology,
             "channels": list(fmt.channels),
             "units": fmt.units,
             "up_axis": fmt.up_axis,
-            "class_names": list(fmt.class_names),
+            "class_names": class_names,
             "normalisation": "none",
             "valid_frames_rule": "counted",
         }
-        arrays = {"names": np.array(names), "labels": np.array(labels, dtype=np.int64)}
-        packed_columns = {column: ("clip", np.array(values, dtype=np.int64)) for column, values in columns.items()}
+        arrays = {"names": np.array(names), "labels": classes, **extras.segments()}
+        packed_columns = {column: ("clip", np.array(values)) for column, values in columns.items()}
+        packed_columns.update(extras.frame_columns())
+        if fmt.annotations is not None and fmt.annotations.splits is not None:
+            splits = fmt.annotations.splits(annotations, names)
+            if splits:
+                write_json(scratch / "splits.json", splits)
+        if fmt.layout is not None:
+            write_json(scratch / "topology.json", topology_to_json(fmt.layout))
         _write(scratch, meta, arrays, lengths, bodies, packed_columns)
         skipped = tuple(files.skipped)
     seconds = time.perf_counter() - begin
-    return PackSummary(Path(dst), len(names), sum(lengths), max(bodies), skipped, seconds)
+    return PackSummary(Path(dst), len(names), sum(lengths), max(bodies), skipped, seconds, tuple(extras.notes))
 
 
 def _check(condition: bool, argument: str, contract: str, actual: object, action: str) -> None:

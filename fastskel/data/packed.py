@@ -9,6 +9,7 @@ num_bodies.npy  (n,) int64, bodies seen in the clip
 segments.npy    (S, 5) float64, optional: clip, class, start, end (exclusive), confidence; they may overlap, and be empty
                 or reversed (end <= start) where the source is
 splits.json     optional: protocol -> part -> clip indices
+topology.json   optional: the skeleton layout, where it is none of the registered ones
 meta.json       what the numbers mean, and the SHA-256 of every other file
 """
 
@@ -26,6 +27,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from fastskel.data.topology_file import topology_from_json
 from fastskel.skeleton import TOPOLOGIES, Topology
 
 __all__ = [
@@ -210,7 +212,7 @@ def open_dataset(path: str | os.PathLike[str], *, verify: bool = False) -> Packe
     dataset = PackedDataset(
         path=folder,
         meta=meta,
-        topology=TOPOLOGIES[meta["topology"]],
+        topology=_topology(folder, meta["topology"]),
         frames=_read_array(folder / "frames.npy", "f4", 4, mapped=True),
         offsets=_read_array(folder / "offsets.npy", "i8", 1),
         names=_read_array(folder / "names.npy", "U", 1),
@@ -244,6 +246,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _topology(folder: Path, name: str) -> Topology:
+    path = folder / "topology.json"
+    if not path.exists():
+        return TOPOLOGIES[name]
+    layout = topology_from_json(_read_json(path), path)
+    if layout.name != name:
+        raise _fault("topology", f"{name!r} as meta.json says", repr(layout.name), path)
+    return layout
+
+
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     meta = _read_json(path)
@@ -260,7 +272,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             raise _fault(key, "a list of strings", repr(meta[key]), path)
     if meta["up_axis"] not in UP_AXES:
         raise _fault("up_axis", f"one of {', '.join(UP_AXES)}", repr(meta["up_axis"]), path)
-    if meta["topology"] not in TOPOLOGIES:
+    if meta["topology"] not in TOPOLOGIES and not (folder / "topology.json").exists():
         known = ", ".join(TOPOLOGIES)
         raise _fault("topology", f"one of {known}", meta["topology"], path, "Register it in TOPOLOGIES")
     for name, kind in meta["columns"].items():

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,29 @@ _NTU_60_SUBJECTS = 40
 _NTU_TRAIN_CAMERAS = (2, 3)
 _UCLA_TRAIN_CAMERAS = (1, 2)
 _UCLA_TEST_SUBJECT = 10
+_UTKINECT_TEST_SUBJECT = 10
 _PKU_TRAIN_CAMERAS = ("M", "R")
+# pairs (actor, partner) that test in each fold, after the notes of SBU
+_SBU_FOLDS = (
+    ((1, 2), (3, 4), (5, 2), (6, 4)),
+    ((2, 3), (2, 7), (3, 5), (5, 3)),
+    ((1, 3), (1, 7), (7, 1), (7, 3)),
+    ((2, 1), (2, 6), (3, 2), (3, 6)),
+    ((4, 2), (4, 3), (4, 6), (6, 2), (6, 3)),
+)
+# subjects of UAV-Human that test, of 0 to 118
+# fmt: off
+_UAV_TEST_SUBJECTS = {
+    "xsub-v1": (
+        1, 3, 4, 9, 22, 23, 24, 31, 41, 54, 58, 60, 66, 72, 74, 75, 91, 92, 93, 94, 95, 96, 97, 99, 101, 104, 107, 108, 109, 113,
+    ),
+    "xsub-v2": (
+        1, 2, 7, 9, 13, 15, 17, 23, 25, 27, 28, 33, 34, 41, 42, 48, 50, 51, 53, 55, 58, 65, 68, 76, 82, 85, 90, 98, 105, 116,
+    ),
+}
+# fmt: on
+# rules that let one subject test, which a user may choose: "xsub:3"
+_ONE_SUBJECT = ("nw-ucla/xsub", "utkinect/xsub")
 
 
 @dataclass(frozen=True)
@@ -91,6 +114,40 @@ def _ntu_120_xset(dataset: PackedDataset) -> NDArray[np.bool_]:
     return np.asarray(_clip_column(dataset, "setup") % 2 == 0)
 
 
+@PROTOCOLS.register("utkinect/xsub")
+def _utkinect_xsub(dataset: PackedDataset) -> NDArray[np.bool_]:
+    # the field leaves each of the ten subjects out in turn: the last one is our convention
+    return np.asarray(_clip_column(dataset, "subject") != _UTKINECT_TEST_SUBJECT)
+
+
+def _sbu_fold(dataset: PackedDataset, pairs: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+    actor, partner = _clip_column(dataset, "actor"), _clip_column(dataset, "partner")
+    tests = np.any([(actor == first) & (partner == second) for first, second in pairs], axis=0)
+    return np.asarray(~tests)
+
+
+for _number, _pairs in enumerate(_SBU_FOLDS, 1):
+    PROTOCOLS.add(f"sbu/fold{_number}", partial(_sbu_fold, pairs=_pairs))
+
+
+def _uav_xsub(dataset: PackedDataset, subjects: Sequence[int]) -> NDArray[np.bool_]:
+    return ~np.isin(_clip_column(dataset, "subject"), subjects)
+
+
+for _version, _subjects in _UAV_TEST_SUBJECTS.items():
+    PROTOCOLS.add(f"uav-human/{_version}", partial(_uav_xsub, subjects=_subjects))
+
+
+@PROTOCOLS.register("penn-action/official")
+@PROTOCOLS.register("kinetics-skeleton/official")
+def _official(dataset: PackedDataset) -> NDArray[np.bool_]:
+    train = _clip_column(dataset, "train")
+    if (train < 0).any():
+        actual = f"clip {str(dataset.names[int(np.argmax(train < 0))])!r} in neither part"
+        raise _fault("column 'train'", actual, dataset, "Pack the folders kinetics_train and kinetics_val")
+    return np.asarray(train == 1)
+
+
 @PROTOCOLS.register("pku-mmd/xview")
 def _pku_xview(dataset: PackedDataset) -> NDArray[np.bool_]:
     return np.isin(_clip_column(dataset, "camera"), _PKU_TRAIN_CAMERAS)
@@ -125,7 +182,8 @@ def split(
             nw-ucla xview (cameras 1 and 2 train), xview-clean (the same without the test clips that repeat a training
             clip), xsub (subject 10 tests; "xsub:3" lets subject 3 test); ntu60 xsub, xview (cameras 2 and 3 train);
             ntu120 xsub, xset (even setups train); ntu-60 and ntu-120 are other names of the two;
-            pku-mmd xview, xsub (from a list).
+            pku-mmd xview, xsub (from a list); sbu fold1 to fold5 (pairs of actors); utkinect xsub (subject 10 tests;
+            "xsub:3" lets subject 3 test); uav-human xsub-v1, xsub-v2; penn-action and kinetics-skeleton official.
         split_file: The user's own split instead: a JSON file {"train": [...], "test": [...]} of clip names or indices,
             or two text files, train and test, of one clip name per line.
     Returns:
@@ -142,7 +200,7 @@ def split(
         return _checked(dataset, protocol, parts["train"], parts["test"])
     name, _, subject = protocol.partition(":")
     rule = f"{dataset.source}/{name}"
-    if rule not in PROTOCOLS or (subject and (rule != "nw-ucla/xsub" or not subject.isdecimal())):
+    if rule not in PROTOCOLS or (subject and (rule not in _ONE_SUBJECT or not subject.isdecimal())):
         known = ", ".join(protocols(dataset)) or "none"
         raise ValueError(
             f"split: protocol must be one of those for {dataset.source!r} ({known}), got {protocol!r}, "

@@ -7,6 +7,7 @@ import io
 import itertools
 import lzma
 import os
+import re
 import tarfile
 import tempfile
 import zipfile
@@ -30,11 +31,14 @@ class SourceFiles:
     Attributes:
         paths: Path of each file inside the source, sorted by file name.
         skipped: Path and reason of what is no clip file.
+        beside: Path of each file that says something about clips, sorted.
     """
 
     root: Path
     paths: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
+    _beside: re.Pattern[str] | None = None
     _spool: IO[bytes] | None = None
     _places: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -55,16 +59,19 @@ class SourceFiles:
 
     def _offer(self, path: str, suffix: str, regular: bool, size: int) -> bool:
         name = PurePosixPath(path).name
+        beside = self._beside is not None and self._beside.search(path) is not None
         if name.startswith("."):
             reason = "hidden file"
-        elif not name.endswith(suffix):
+        elif PurePosixPath(name).stem.lower() == "readme":
+            reason = "a description"
+        elif not beside and not name.endswith(suffix):
             reason = f"not a {suffix} file"
         elif not regular:
             reason = "not a regular file"
         elif size > MAX_FILE_BYTES:
             reason = f"larger than {MAX_FILE_BYTES >> 20} MiB"
         else:
-            self.paths.append(path)
+            (self.beside if beside else self.paths).append(path)
             return True
         self.skipped.append((path, reason))
         return False
@@ -84,25 +91,34 @@ def _unreadable(contract: str, actual: str, path: Path, action: str = "Fetch it 
 
 
 @contextlib.contextmanager
-def open_source(src: str | os.PathLike[str], suffix: str, scratch: Path) -> Iterator[SourceFiles]:
+def open_source(
+    src: str | os.PathLike[str],
+    suffix: str,
+    scratch: Path,
+    *,
+    beside: re.Pattern[str] | None = None,
+    unique_names: bool = True,
+) -> Iterator[SourceFiles]:
     """List the clip files of a folder (recursively), a tar or a zip archive; each reads as (bytes,).
 
     Args:
         src: Folder or archive.
         suffix: Ending of clip files.
         scratch: Folder for a temporary copy of an archive's clip files, which are stored in no useful order.
+        beside: Finds files about the clips, such as labels, by their path; they are listed apart.
+        unique_names: Whether file names tell clips apart; otherwise their folders do.
     Raises:
-        ValueError: If the source is missing, damaged or without clip files, or two files share a name.
+        ValueError: If the source is missing, damaged or without clip files, or two files share a name and must not.
     """
     root = Path(src)
     with contextlib.ExitStack() as stack:
         if root.is_dir():
-            files = SourceFiles(root)
+            files = SourceFiles(root, _beside=beside)
             for path in sorted(root.rglob("*")):
                 if not path.is_dir():
                     files._offer(path.relative_to(root).as_posix(), suffix, path.is_file(), _size(path))
         elif root.is_file():
-            files = SourceFiles(root, _spool=stack.enter_context(tempfile.TemporaryFile(dir=scratch)))
+            files = SourceFiles(root, _beside=beside, _spool=stack.enter_context(tempfile.TemporaryFile(dir=scratch)))
             try:
                 _spool_archive(files, suffix)
             except _DAMAGED as error:
@@ -116,8 +132,9 @@ def open_source(src: str | os.PathLike[str], suffix: str, scratch: Path) -> Iter
         else:
             raise _unreadable("a folder or an archive", "nothing", root, "Correct the path")
         files.paths.sort(key=lambda path: (PurePosixPath(path).name, path))
+        files.beside.sort()
         for one, other in itertools.pairwise(files.paths):
-            if PurePosixPath(one).name == PurePosixPath(other).name:
+            if unique_names and PurePosixPath(one).name == PurePosixPath(other).name:
                 raise _unreadable("without duplicate names", f"{one} and {other}", root, "Remove one of them")
         if not files.paths:
             raise _unreadable(f"with {suffix} files", "none", root, "Correct the path or the format")

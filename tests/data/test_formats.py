@@ -179,6 +179,8 @@ def test_real_right_hands_act(real):
 def test_formats_are_complete():
     for name in FORMATS:
         entry = FORMATS[name]
-        assert topology(entry.topology).num_joints and entry.suffix.startswith(".") and entry.class_names
+        assert entry.suffix.startswith(".")
+        # what the options say is not known beforehand
+        assert entry.adapt is not None or topology(entry.topology).num_joints
     with pytest.raises(ValueError, match="utd-mhad"):
         FORMATS["utd"]

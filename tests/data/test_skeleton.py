@@ -16,7 +16,7 @@ USDRL_NTU += [(13, 1), (14, 13), (15, 14), (16, 15), (17, 1), (18, 17), (19, 18)
 USDRL_NTU += [(24, 25), (25, 12)]
 USDRL_COCO = [(1, 2), (2, 4), (3, 5), (4, 6), (5, 7), (7, 9), (8, 10), (9, 11), (10, 8), (11, 9), (12, 14), (13, 15)]
 USDRL_COCO += [(14, 16), (15, 17), (16, 14), (17, 15)]
-SIZES = {"ntu-25": 25, "kinect-20-ucla": 20, "kinect-20-utd": 20, "coco-17": 17, "openpose-18": 18, "sbu-15": 15}
+SIZES = {"ntu-25": 25, "kinect-20-ucla": 20, "kinect-20-utd": 20, "coco-17": 17, "openpose-18": 18, "sbu-15": 15, "penn-13": 13}
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))

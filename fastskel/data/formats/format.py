@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastskel.registry import Registry
+from fastskel.skeleton import Topology
 
-__all__ = ["FORMATS", "Format", "SkipFile", "SourceClip", "finite_frames", "unreadable"]
+__all__ = ["FORMATS", "Annotations", "Format", "SkipFile", "SourceClip", "finite_frames", "unreadable"]
 
 
 class SkipFile(Exception):
@@ -27,13 +29,36 @@ class SourceClip:
         name: Unique name within the data set.
         frames: Joint positions, (T, M, V, C), float32, every frame valid.
         label: Class, -1 where unknown.
-        columns: Integer columns of the clip, the format's `columns`.
+        columns: Integer or text columns of the clip, the format's `columns`.
+        frame_columns: One value per frame, (T,) each, the format's `frame_columns`.
+        segments: Rows (class, start, end, confidence), end exclusive, within the clip; they may overlap and be empty.
+        class_name: Name of the clip's class where the format's `class_names` are not known beforehand.
+        notes: What its user should know, for the summary.
     """
 
     name: str
     frames: NDArray[np.float32]
     label: int
-    columns: Mapping[str, int]
+    columns: Mapping[str, int | str]
+    frame_columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    segments: Sequence[tuple[int, int, int, float]] = ()
+    class_name: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Files of a data set that say something about its clips: labels, lists of parts.
+
+    Attributes:
+        pattern: Finds them by their path inside the source, with slashes; they are no clips then.
+        parse: Turns their contents, by path for messages, into what `read` takes as `annotations`.
+        splits: From what was parsed and the clip names, (n,), to protocol -> part -> clip indices; None: no lists.
+    """
+
+    pattern: re.Pattern[str]
+    parse: Callable[[Mapping[str, bytes]], Any]
+    splits: Callable[[Any, Sequence[str]], dict[str, dict[str, list[int]]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,11 +71,16 @@ class Format:
         channels: Names of the C channels.
         units: Unit of the coordinates.
         up_axis: Axis that points up, "y", or "-y" where it points down.
-        class_names: Names of the K classes.
+        class_names: Names of the K classes; empty where the clips bring theirs.
         columns: Names of the per-clip columns.
         read: Reads (contents, path for messages), and options after them if there are any; raises ValueError naming
             the path, or SkipFile.
         options: Frozen dataclass with the defaults of what a user may choose, None where there is no choice.
+        frame_columns: Names of the per-frame columns.
+        annotations: Files beside the clips that `read` needs, as its keyword `annotations`.
+        unique_names: Whether file names tell clips apart; otherwise their folders do.
+        layout: Skeleton layout that `topology` names, where it is not a registered one.
+        adapt: Returns the format for chosen options, where skeleton, channels or units depend on them.
     """
 
     topology: str
@@ -62,6 +92,19 @@ class Format:
     columns: tuple[str, ...]
     read: Callable[..., SourceClip]
     options: Any = None
+    frame_columns: tuple[str, ...] = ()
+    annotations: Annotations | None = None
+    unique_names: bool = True
+    layout: Topology | None = None
+    adapt: Callable[[Format, Any], Format] | None = None
+
+    def adapted(self, chosen: Mapping[str, Any]) -> Format:
+        """Return the format as it is with the options that a user chose, by name.
+
+        Raises:
+            ValueError: If an option does not fit.
+        """
+        return self if self.adapt is None else self.adapt(self, replace(self.options, **chosen))
 
     def reader(self, chosen: Mapping[str, Any]) -> Callable[[bytes, str], SourceClip]:
         """Return `read` with the options that a user chose, by name, and defaults for the others.

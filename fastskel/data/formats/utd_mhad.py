@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import re
 from pathlib import PurePosixPath
 
-import numpy as np
-
 from fastskel.data.formats.format import FORMATS, Format, SourceClip, finite_frames, unreadable
+from fastskel.data.formats.matlab import matlab_variables
 from fastskel.skeleton import topology
 
 __all__ = ["CLASSES", "TOPOLOGY", "read"]
@@ -58,21 +56,13 @@ def read(data: bytes, path: str) -> SourceClip:
     Raises:
         ValueError: If the name or the contents are not those of a UTD-MHAD skeleton.
     """
-    from scipy.io import loadmat
-
     match = _NAME.fullmatch(PurePosixPath(path).stem)
     if match is None or not 1 <= int(match[2]) <= len(CLASSES):
         raise unreadable("named a<1..27>_s<subject>_t<repetition>_skeleton.mat", PurePosixPath(path).name, path)
-    try:
-        values = loadmat(io.BytesIO(data), variable_names=["d_skel"])["d_skel"]
-    except KeyError as error:
-        raise unreadable("a MATLAB file with the variable d_skel", "none of that name", path) from error
-    # loadmat raises many kinds of error on damaged bytes; whichever it is, the file is at fault
-    except Exception as error:
-        raise unreadable("a complete MATLAB 5 file", f"an unreadable one ({error})", path) from error
+    values = matlab_variables(data, path, ["d_skel"])["d_skel"]
     num_joints = topology(TOPOLOGY).num_joints
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
-        raise unreadable("made of numbers", f"d_skel of type {getattr(values, 'dtype', type(values).__name__)}", path)
+    if isinstance(values, str):
+        raise unreadable("made of numbers", "d_skel of text", path)
     if values.ndim == 2:
         # MATLAB drops a last axis of one: a clip of one frame
         values = values[:, :, None]
