@@ -7,15 +7,18 @@ speed     samples per second of one core: the plain feeder of `fastskel.bench.re
           code that writes float32 and bfloat16
 scaling   samples per second of 1, 2, .. native threads, and bytes written as a share of what copying reaches on as many cores
 consumer  a consumer that computes for about 80 ms a step, alone and fed with batches of 356
-memory    memory of a process and its workers while it iterates: the native loader, and DataLoader over the feeder
+memory    memory of a process and its workers while it iterates, everything made ahead: the native loader, and DataLoader over
+          the feeder
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
+import stat
 import subprocess
 import sys
 import tempfile
@@ -44,6 +47,10 @@ MIN_LENGTH, MAX_LENGTH = 60, 120
 # length of the published files' zero-padded clips
 BUFFER_FRAMES = 300
 MIB = 1 << 20
+# unit of a file's blocks, whatever the file system's are
+STAT_BLOCK = 512
+# long enough for everything that is made ahead to be there
+FILL_S, MEMORY_BATCHES = 0.5, 6
 
 
 def make_data(folder: Path, num_clips: int) -> PackedDataset:
@@ -81,11 +88,10 @@ def _endless(loader: Loader) -> Iterator[Any]:
 
 
 def _drawing(loader: Loader, count: int) -> Callable[[], None]:
-    batches = _endless(loader)
-
     def draw() -> None:
-        for _ in range(count):
-            next(batches)
+        # an iteration of its own: none of its batches was made before, and none is made after
+        for _ in itertools.islice(_endless(loader), count):
+            pass
 
     return draw
 
@@ -176,6 +182,7 @@ def _work(seconds: float) -> Callable[[], None]:
 
 def measure_consumer(dataset: PackedDataset, rounds: int) -> Iterator[dict[str, Any]]:
     """Steps of a consumer that computes on one core: alone, and beside two threads of the loader."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     work, steps = _work(STEP_S), 12
     batches = _endless(loader_of(dataset, num_threads=2))
@@ -196,10 +203,11 @@ def measure_consumer(dataset: PackedDataset, rounds: int) -> Iterator[dict[str, 
     # the first round warms up, and finds the ring empty
     alone, beside, waited = alone[steps:], beside[steps:], waited[steps:]
     del batch
+    torch.set_num_threads(threads)
     slower = [sum(b) / sum(a) for a, b in zip(_chunks(alone, steps), _chunks(beside, steps), strict=True)]
     low, middle, high = quantiles(slower)
     yield {
-        "case": f"{BATCH} per {1e3 * STEP_S:.0f} ms", "step_ms": 1e3 * quantiles(alone)[1],
+        "case": f"{min(BATCH, len(dataset))} per {1e3 * STEP_S:.0f} ms", "step_ms": 1e3 * quantiles(alone)[1],
         "fed_step_ms": 1e3 * quantiles(beside)[1], "slower": middle - 1, "slower_q20": low - 1, "slower_q80": high - 1,
         "waited_ms": 1e3 * quantiles(waited)[1], "waited_most_ms": 1e3 * max(waited), "rounds": rounds,
     }  # fmt: skip
@@ -210,15 +218,21 @@ def _chunks(values: list[float], size: int) -> list[list[float]]:
 
 
 def _tree_bytes(pid: int) -> int:
-    """Proportional share of memory of a process and its children."""
-    total = 0
+    """Memory of a process and its children: their own, and what they share without a file that has a name.
+
+    Pages of files are the system's cache. Batches between two processes are mapped by neither: descriptors tell of them.
+    """
+    total, shared = 0, {}
     for process in [pid, *_children(pid)]:
-        try:
+        with contextlib.suppress(OSError):
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
-    return total
+            total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss_Anon:"))
+        for descriptor in Path(f"/proc/{process}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                status = descriptor.stat()
+                if stat.S_ISREG(status.st_mode) and status.st_nlink == 0:
+                    shared[status.st_dev, status.st_ino] = status.st_blocks * STAT_BLOCK
+    return total + sum(shared.values())
 
 
 def _children(pid: int) -> list[int]:
@@ -230,7 +244,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _memory_of(kind: str, folder: Path, batches: int) -> None:
-    """Iterate in this process and print how far its memory rose above what the libraries and the data set take."""
+    """Iterate in this process and print how far its memory rose above what the libraries take; the data are a mapped file."""
     dataset = open_dataset(folder / "data")
     made: Iterator[Any]
     if kind == "native":
@@ -240,13 +254,14 @@ def _memory_of(kind: str, folder: Path, batches: int) -> None:
         buffer = np.load(folder / "buffer.npy", mmap_mode="r")
         before = _tree_bytes(os.getpid())
         loaded = DataLoader(
-            Feeder(buffer, np.load(folder / "counts.npy")), BATCH, shuffle=True, num_workers=2, drop_last=True,
+            Feeder(buffer, np.load(folder / "counts.npy")), min(BATCH, len(buffer)), shuffle=True, num_workers=2, drop_last=True,
             persistent_workers=True,
         )  # fmt: skip
         made = itertools.chain.from_iterable(iter(loaded) for _ in itertools.count())
     peak = 0
     for _ in range(batches):
         batch = next(made)
+        time.sleep(FILL_S)
         peak = max(peak, _tree_bytes(os.getpid()))
     del batch
     print(json.dumps({"before_mib": before / MIB, "risen_mib": (peak - before) / MIB}))
@@ -261,7 +276,8 @@ def measure_memory(dataset: PackedDataset) -> Iterator[dict[str, Any]]:
     for kind in ("native", "dataloader"):
         command = [sys.executable, "-m", "fastskel.bench.loader", "--child", kind, "--folder", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        yield {"case": kind, "batch_mib": SAMPLE_BYTES * BATCH / MIB, **json.loads(done.stdout.splitlines()[-1])}
+        batch = SAMPLE_BYTES * min(BATCH, len(dataset)) / MIB
+        yield {"case": kind, "batch_mib": batch, **json.loads(done.stdout.splitlines()[-1])}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -275,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.child:
-        _memory_of(given.child, given.folder, 12)
+        _memory_of(given.child, given.folder, MEMORY_BATCHES)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         dataset = make_data(Path(folder), given.clips)

@@ -26,8 +26,8 @@ LIMIT = 1e-4
 
 
 def _reference(*stacks: Tensor) -> Tensor:
-    total: Tensor = reference.total(*(list(stack) for stack in stacks), weighting="aaai")
-    return total
+    temporal, spatial, instance = (list(stack) for stack in stacks)
+    return reference.total(temporal, spatial, instance, weighting="aaai")
 
 
 def _fastskel(*stacks: Tensor) -> Tensor:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import abc
 import itertools
 import os
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,7 +27,7 @@ from fastskel.data.views import ViewSpec, make_view
 from fastskel.kernels._backend import INTERPRETED
 from fastskel.kernels.augment import augment_views, view_tables
 
-__all__ = ["Engine", "NativeEngine", "NumpyEngine", "TritonEngine", "clips_of"]
+__all__ = ["Engine", "NativeEngine", "NumpyEngine", "TritonEngine", "clips_of", "is_whole_file"]
 
 Index = NDArray[np.int64]
 # batches that native threads make ahead, beside the one in use
@@ -92,11 +95,26 @@ class NumpyEngine(Engine):
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def is_whole_file(dataset: PackedDataset) -> bool:
+    """Say whether the clips (T, M, V, C) are those of the folder's files: a memory map may be a part of them, or a copy."""
+    frames, folder = dataset.frames, dataset.path.resolve()
+    path, offsets = folder / "frames.npy", folder / "offsets.npy"
+    if not isinstance(frames, np.memmap) or frames.filename is None or Path(frames.filename) != path:
+        return False
+    if not path.is_file() or not offsets.is_file():
+        return False
+    try:
+        same = npy.open_memmap(path, mode="r").shape == frames.shape and frames.flags.c_contiguous
+        return same and np.array_equal(np.load(offsets), dataset.offsets)
+    except (OSError, ValueError):
+        # damaged since they were opened: native code says how
+        return True
+
+
 def clips_of(dataset: PackedDataset) -> _native.Clips:
     """Open the clips (T, M, V, C) for native code: their files where they are mapped, else the arrays themselves."""
-    path = dataset.path / "frames.npy"
-    if isinstance(dataset.frames, np.memmap) and path.is_file():
-        return _native.Clips.open(os.fspath(path), os.fspath(dataset.path / "offsets.npy"))
+    if is_whole_file(dataset):
+        return _native.Clips.open(os.fspath(dataset.path / "frames.npy"), os.fspath(dataset.path / "offsets.npy"))
     frames = np.ascontiguousarray(dataset.frames, np.float32)
     return _native.Clips.borrow(frames, np.ascontiguousarray(dataset.offsets, np.int64))
 
@@ -116,6 +134,9 @@ class NativeEngine(Engine):
         self.makers = _native.ViewMakers(clips_of(dataset), view_programs(views, dataset), seed=seed, dtype=name)
         self._stream: _native.BatchStream | None = None
         self._pins = Pins() if pinned else None
+        if self._pins is not None:
+            # memory that is freed while the driver knows it cannot be pinned again
+            weakref.finalize(self, self._pins.release)
         self._process = os.getpid()
         self._turns = 0
 
@@ -180,6 +201,7 @@ class Pins:
 
     def __init__(self) -> None:
         self._known: set[int] = set()
+        self._process = os.getpid()
 
     def add(self, address: int, size: int) -> None:
         """Pin `size` bytes at an address; nothing is done where they are."""
@@ -188,7 +210,11 @@ class Pins:
             self._known.add(address)
 
     def release(self) -> None:
-        """Undo it, before the memory is freed."""
+        """Undo it, before the memory is freed, when no copy reads it any more."""
+        # a process that was forked off has no part in it
+        if not self._known or self._process != os.getpid():
+            return
+        torch.cuda.synchronize()
         while self._known:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._known.pop()))  # type: ignore[no-untyped-call]
 

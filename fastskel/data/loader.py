@@ -34,6 +34,15 @@ def _check(condition: bool, argument: str, contract: str, actual: object, advice
         raise ValueError(f"Loader: {argument} must be {contract}, got {actual}. {advice}.")
 
 
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        chosen = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        chosen = torch.device("meta")
+    _check(chosen.type in ("cpu", "cuda"), "device", "the CPU or a CUDA device", repr(device), "Move the batches with Batch.to")
+    return chosen
+
+
 class Loader:
     """Batches of views of a packed data set, in a new order every epoch.
 
@@ -95,6 +104,8 @@ class Loader:
         Raises:
             ValueError: If an argument is not as described.
         """
+        opened = isinstance(dataset, PackedDataset)
+        _check(opened, "dataset", "a PackedDataset", type(dataset).__name__, "Open its folder with open_dataset")
         chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices)
         if num_threads is None:
             num_threads = min(_native.available_cpus(), MAX_DEFAULT_THREADS)
@@ -128,7 +139,7 @@ class Loader:
         self.shuffle, self.drop_last, self.rank, self.world_size = shuffle, drop_last, rank, world_size
         self.indices: NDArray[np.int64] = chosen.astype(np.int64)
         self.weights = self._weights(weights)
-        self.device = torch.device("cpu" if device is None else device)
+        self.device = _device(device)
         self.epoch, self.position = 0, 0
         share = len(chosen) // world_size if drop_last else -(-len(chosen) // world_size)
         self.num_samples = share // batch_size * batch_size if drop_last else share
@@ -184,9 +195,20 @@ class Loader:
         )  # fmt: skip
         return self.indices[positions]
 
-    def batch(self, epoch: int, index: NDArray[np.int64]) -> Batch:
-        """Make the batch of the given samples (N,) as in the given epoch: views (N, T, M, V, C)."""
-        return self._batch(epoch, index, self._engine.make(epoch, index))
+    def batch(self, epoch: int, index: ArrayLike) -> Batch:
+        """Make the batch of the given samples (N,) as in the given epoch, on the loader's device: views (N, T, M, V, C).
+
+        Raises:
+            ValueError: If the epoch or a number of a sample leaves its range.
+        """
+        chosen = np.asarray(index)
+        integral = chosen.ndim == 1 and chosen.dtype.kind in "iu"
+        _check(integral, "index", "integers (N,)", f"{chosen.dtype} {chosen.shape}", "Give numbers of clips")
+        inside = not len(chosen) or bool(chosen.min() >= 0 and chosen.max() < len(self.dataset))
+        _check(inside, "index", f"in 0 .. {len(self.dataset) - 1}", chosen.tolist(), "Give numbers of clips")
+        _check(0 <= epoch < MAX_EPOCH, "epoch", "in 0 .. 2^32 - 1", epoch, "Count from 0")
+        samples = np.ascontiguousarray(chosen, np.int64)
+        return self._batch(epoch, samples, self._engine.make(epoch, samples)).to(self.device)
 
     def _batch(self, epoch: int, index: NDArray[np.int64], views: list[View]) -> Batch:
         labels = torch.from_numpy(np.asarray(self.dataset.labels[index], np.int64))
@@ -226,7 +248,12 @@ class Loader:
                 self.position += 1
                 yield batch
                 if own != self._iteration:
-                    raise RuntimeError("Loader: iterations must follow one another, got two at once. Make a second loader.")
+                    raise RuntimeError(
+                        "Loader: iterations must follow one another, got two at once, or a state that was loaded in between. "
+                        "Make a second loader, or iterate again."
+                    )
+            if self.position < len(self):
+                raise RuntimeError("Loader: iterations must end before the loader is closed, got one that goes on. Begin again.")
         finally:
             # in this order: each lets go of what the next one holds
             for part in (on_device, batches, made):
@@ -262,17 +289,20 @@ class Loader:
         return {name: int(getattr(self, name)) for name in names} | {"num_indices": len(self.indices)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where another loader of the same data and arguments stood.
+        """Go on where another loader of the same data and arguments stood; an iteration that runs is over.
 
         Raises:
             ValueError: If the state belongs to another seed, batch size, world size or number of samples.
         """
+        _check(isinstance(state, dict), "state_dict", "a dictionary", repr(state), "Use an intact checkpoint")
         for name, value in self._meaning().items():
             same = state.get(name) == value
             advice = "Resume with the same arguments"
             _check(same, f"state_dict[{name!r}]", f"the loader's {value}", state.get(name), advice)
-        epoch, position = int(state["epoch"]), int(state["position"])
-        inside = 0 <= epoch < MAX_EPOCH and 0 <= position < len(self)
+        epoch, position = (state.get(name, -1) for name in ("epoch", "position"))
+        whole = all(isinstance(value, (int, np.integer)) for value in (epoch, position))
+        inside = whole and 0 <= epoch < MAX_EPOCH and 0 <= position < len(self)
         contract = f"an epoch and a position below {len(self)}"
         _check(inside, "state_dict", contract, (epoch, position), "Use an intact checkpoint")
-        self.epoch, self.position = epoch, position
+        self.epoch, self.position = int(epoch), int(position)
+        self._iteration += 1

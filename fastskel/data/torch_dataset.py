@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fastskel.data.engines import NativeEngine
-from fastskel.data.packed import PackedDataset, open_dataset
+from fastskel.data.engines import NativeEngine, is_whole_file
+from fastskel.data.packed import PackedDataset
 from fastskel.data.views import ViewSpec
 
 __all__ = ["ClipDataset"]
@@ -42,7 +44,7 @@ class ClipDataset(torch.utils.data.Dataset[tuple[Tensor, ...]]):
         """Check the views against the clips (T, M, V, C).
 
         Args:
-            dataset: Packed clips; worker processes that are spawned open its folder again.
+            dataset: Packed clips; worker processes that are spawned map its frames again.
             views: One spec per view of an item.
             seed: 64-bit key of all draws.
             indices: Clips to use, (n,); None for all.
@@ -53,10 +55,14 @@ class ClipDataset(torch.utils.data.Dataset[tuple[Tensor, ...]]):
         """
         if layout not in LAYOUTS:
             raise ValueError(f"ClipDataset: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}. Choose one.")
-        if not views or not all(isinstance(spec, ViewSpec) for spec in views):
+        given: object = dataset
+        if not isinstance(given, PackedDataset):
+            kind = type(given).__name__
+            raise ValueError(f"ClipDataset: dataset must be a PackedDataset, got {kind}. Open its folder with open_dataset.")
+        if not isinstance(views, Sequence) or not views or not all(isinstance(spec, ViewSpec) for spec in views):
             raise ValueError(f"ClipDataset: views must be at least one ViewSpec, got {views!r}. Use usdrl_views or eval_view.")
-        if not 0 <= seed < 1 << 64:
-            raise ValueError(f"ClipDataset: seed must be in 0 .. 2^64 - 1, got {seed}. Choose another.")
+        if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 1 << 64:
+            raise ValueError(f"ClipDataset: seed must be in 0 .. 2^64 - 1, got {seed!r}. Give a whole number.")
         chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices)
         if chosen.ndim != 1 or chosen.dtype.kind not in "iu" or (chosen.size and not _inside(chosen, len(dataset))):
             raise ValueError(
@@ -69,7 +75,8 @@ class ClipDataset(torch.utils.data.Dataset[tuple[Tensor, ...]]):
         self.indices: NDArray[np.int64] = chosen.astype(np.int64)
         self.layout, self.labels = layout, labels
         # in shared memory: worker processes that persist see what is written to it later
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False):
+            self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()  # type: ignore[no-untyped-call]
         self._engine = self._open()
 
     def _open(self) -> NativeEngine:
@@ -77,8 +84,8 @@ class ClipDataset(torch.utils.data.Dataset[tuple[Tensor, ...]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the views (C, T, V, M) of another epoch from now on, below 2^32."""
-        if not 0 <= epoch < 1 << 32:
-            raise ValueError(f"ClipDataset.set_epoch: epoch must be in 0 .. 2^32 - 1, got {epoch}. Count from 0.")
+        if not isinstance(epoch, (int, np.integer)) or not 0 <= epoch < 1 << 32:
+            raise ValueError(f"ClipDataset.set_epoch: epoch must be in 0 .. 2^32 - 1, got {epoch!r}. Count from 0.")
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -89,19 +96,22 @@ class ClipDataset(torch.utils.data.Dataset[tuple[Tensor, ...]]):
         views = self._engine.make(int(self._epoch), np.array([clip], np.int64))
         order = LAYOUTS[self.layout]
         made = tuple(view.clips[0].permute(order).contiguous() for view in views)
-        return (*made, torch.tensor(int(self.dataset.labels[clip]))) if self.labels else made
+        return (*made, torch.tensor(int(self.dataset.labels[clip]), device="cpu")) if self.labels else made
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "_engine"}
-        # a memory map would travel with all it maps
-        if isinstance(self.dataset.frames, np.memmap):
-            state["dataset"] = self.dataset.path
+        state["mapped"] = is_whole_file(self.dataset)
+        # a memory map would travel with all it maps; the rest may be the user's own, not that of the files
+        if state["mapped"]:
+            state["dataset"] = replace(self.dataset, frames=np.empty((0, *self.dataset.frames.shape[1:]), np.float32))
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        dataset = state["dataset"]
+        mapped = state.pop("mapped")
         self.__dict__.update(state)
-        self.dataset = dataset if isinstance(dataset, PackedDataset) else open_dataset(dataset)
+        if mapped:
+            frames = npy.open_memmap(self.dataset.path / "frames.npy", mode="r")
+            self.dataset = replace(self.dataset, frames=frames)
         self._engine = self._open()
 
 

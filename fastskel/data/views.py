@@ -68,6 +68,10 @@ ONE = 1 << 24
 MAX_TRANSFORMS = 256
 
 
+def _real(value: object) -> bool:
+    return isinstance(value, (int, float, np.floating))
+
+
 @dataclass(frozen=True)
 class RandomCrop:
     """A random part of the clip, from `low` to `high` of its n frames, at least min(n, `min_frames`)."""
@@ -77,8 +81,8 @@ class RandomCrop:
     min_frames: int = 64
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low <= self.high <= 1:
-            shares = f"{self.low}, {self.high}"
+        if not (_real(self.low) and _real(self.high) and 0 <= self.low <= self.high <= 1):
+            shares = f"{self.low!r}, {self.high!r}"
             raise ValueError(f"RandomCrop: low and high must be 0 <= low <= high <= 1, got {shares}. Give shares.")
         if not isinstance(self.min_frames, (int, np.integer)):
             raise ValueError(f"RandomCrop: min_frames must be a whole number, got {self.min_frames!r}. Give a number.")
@@ -93,8 +97,8 @@ class CenterCrop:
     ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 1 / ONE <= self.ratio <= 1:
-            raise ValueError(f"CenterCrop: ratio must be in (0, 1], got {self.ratio}. Give the share to keep.")
+        if not (_real(self.ratio) and 1 / ONE <= self.ratio <= 1):
+            raise ValueError(f"CenterCrop: ratio must be in (0, 1], got {self.ratio!r}. Give the share to keep.")
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,8 @@ class ViewSpec:
             )
         if self.frames < 1:
             raise ValueError(f"ViewSpec: frames must be at least 1, got {self.frames}. Give the length of the view.")
+        if not isinstance(self.crop, (RandomCrop, CenterCrop)):
+            raise ValueError(f"ViewSpec: crop must be a RandomCrop or a CenterCrop, got {self.crop!r}. Give one.")
         if self.stream not in STREAMS:
             raise ValueError(f"ViewSpec: stream must be one of {', '.join(STREAMS)}, got {self.stream!r}. Choose one.")
         if self.normalise not in NORMALISATIONS:
@@ -222,7 +228,7 @@ def normalised(dataset: PackedDataset, kind: str) -> PackedDataset:
     for number in range(len(dataset)):
         begin, end = int(dataset.offsets[number]), int(dataset.offsets[number + 1])
         frames[begin:end] = _clip(dataset, number, kind)
-    return replace(dataset, frames=frames)
+    return replace(dataset, frames=frames, meta={**dataset.meta, "normalisation": kind})
 
 
 def _clip(dataset: PackedDataset, number: int, kind: str) -> NDArray[np.float32]:

@@ -44,7 +44,8 @@ def mlp_forward(
     with torch.autocast(x.device.type, enabled=False):
         up = F.linear(x, up_weight, up_bias)
         value = F.linear(activate(up, activation), down_weight, down_bias)
-        return mlp_residual(residual, [Branch(value, None, scale, factor)]), up
+        # as the kernel writes it, whatever the residual's strides are
+        return mlp_residual(residual, [Branch(value, None, scale, factor)]).contiguous(), up
 
 
 def mlp_backward(

@@ -57,6 +57,16 @@ def test_breaking_off_and_closing_leaves_the_device_free(dataset):
     assert torch.cuda.memory_allocated() <= before
 
 
+def test_a_loader_that_is_dropped_gives_back_its_pinned_memory(dataset):
+    # memory that was freed while the driver knew it could not be pinned by the next loader
+    for _ in range(5):
+        loader = make(dataset, num_threads=2, device="cuda")
+        for _ in loader:
+            pass
+        del loader
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_views_made_on_the_device_equal_the_hosts_within_rounding(dataset, dtype):
     loader = make(dataset, dtype=dtype, device="cuda", engine="triton")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastskel.data import ClipDataset, Loader, make_synthetic, usdrl_views
+from fastskel.skeleton import Topology
 
 VIEWS = usdrl_views(8, num_views=4)
 
@@ -70,13 +72,45 @@ def test_copies_do_not_carry_the_data(dataset):
         assert torch.equal(view, twin)
 
 
+def test_copies_keep_what_is_not_of_the_files(dataset):
+    known = dataset.topology
+    # of a name that only this process would know
+    own = Topology("own-25", known.joints, known.centre, known.mirror, known.parts, known.bones, known.axes)
+    changed = dataclasses.replace(dataset, labels=dataset.labels + 1, topology=own)
+    clips = ClipDataset(changed, views=VIEWS, seed=5, labels=True)
+    copy = pickle.loads(pickle.dumps(clips))
+    assert copy.dataset.topology.name == "own-25"
+    assert copy[3][-1] == dataset.labels[3] + 1
+    assert len(pickle.dumps(copy)) < 20_000
+    [*_, labels] = next(iter(DataLoader(clips, batch_size=4, num_workers=1, multiprocessing_context="spawn")))
+    assert labels.tolist() == (dataset.labels[:4] + 1).tolist()
+
+
+def test_copies_of_frames_that_are_no_file(dataset):
+    frames = dataset.frames.copy()
+    frames *= 2
+    clips = ClipDataset(dataclasses.replace(dataset, frames=frames), views=VIEWS, seed=5)
+    view, twin = pickle.loads(pickle.dumps(clips))[3][0], clips[3][0]
+    assert torch.equal(view, twin)
+    assert not torch.equal(view, ClipDataset(dataset, views=VIEWS, seed=5)[3][0])
+
+
+def test_inference_mode(dataset):
+    with torch.inference_mode():
+        clips = ClipDataset(dataset, views=VIEWS, seed=5)
+    clips.set_epoch(2)
+    assert torch.equal(clips[3][0], expected(dataset, 2, 3)[0])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"layout": "NCHW"}, "layout must be one of CTVM, TMVC, got 'NCHW'"),
         ({"views": []}, "views must be at least one ViewSpec"),
         ({"views": ["joint"]}, "views must be at least one ViewSpec"),
+        ({"views": VIEWS[0]}, "views must be at least one ViewSpec"),
         ({"seed": -1}, "seed must be in 0"),
+        ({"seed": None}, "seed must be in 0 .. 2^64 - 1, got None".replace("^", r"\^")),
         ({"indices": [24]}, r"indices must be integers \(n,\) in 0 .. 23"),
         ({"indices": [0.5]}, r"indices must be integers \(n,\) in 0 .. 23"),
     ],
@@ -88,6 +122,6 @@ def test_bad_arguments(dataset, changes, message):
 
 def test_bad_epochs(dataset):
     clips = ClipDataset(dataset, views=VIEWS)
-    for epoch in (-1, 1 << 32):
+    for epoch in (-1, 1 << 32, 1.5, "1"):
         with pytest.raises(ValueError, match=r"ClipDataset.set_epoch: epoch must be in 0 .. 2\^32 - 1"):
             clips.set_epoch(epoch)

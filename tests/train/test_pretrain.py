@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastskel.data import PackedDataset, make_synthetic
+from fastskel.data import Loader, PackedDataset, make_synthetic
 from fastskel.data.identity import dataset_identity
 from fastskel.objectives import MGFD
 from fastskel.recipes import RECIPES
@@ -265,6 +265,23 @@ def test_a_resumed_run_may_change_what_changes_no_bit(dataset, tmp_path, monkeyp
     stage = make_stage(dataset, name="again", num_threads=2, checkpoint_steps=2)
     train(dataset, tmp_path / "run", stage=stage, resume=True)
     assert checkpoints(tmp_path / "run") == ["step-000000004", "step-000000006"]
+    assert_same(everything(tmp_path / "run"), everything(finished))
+
+
+def test_a_resumed_run_may_make_its_batches_elsewhere(dataset, tmp_path, monkeypatch, finished) -> None:
+    interrupt(monkeypatch, 5)
+    with pytest.raises(Interrupted):
+        train(dataset, tmp_path / "run")
+    monkeypatch.undo()
+    made = []
+
+    def by_numpy(*arguments, **options) -> Loader:
+        made.append(Loader(*arguments, **options, engine="numpy"))
+        return made[-1]
+
+    monkeypatch.setattr(sys.modules["fastskel.train.pretrain"], "Loader", by_numpy)
+    train(dataset, tmp_path / "run", resume=True)
+    assert [loader.epoch for loader in made] == [1]
     assert_same(everything(tmp_path / "run"), everything(finished))
 
 
