@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -179,7 +180,9 @@ def _pretrain_command(name: str, make_recipe: Callable[[], USDRLRecipe]) -> Comm
             recipe={"name": name, "protocol": None if parts is None else parts[0], **asdict(recipe)},
             resume=resume, device=device, tensorboard=tensorboard, progress=not quiet,
         )  # fmt: skip
-        print(f"trained {stages[0].epochs} epochs; the run is {folder}, its last checkpoint {checkpoint}")
+        # once for all processes that torchrun started
+        if os.environ.get("RANK", "0") == "0":
+            print(f"trained {stages[0].epochs} epochs; the run is {folder}, its last checkpoint {checkpoint}")
 
     # tyro reads the recipe's own settings off this annotation
     pretrain.__annotations__["recipe"] = type(defaults)
@@ -191,7 +194,7 @@ def _pretrain_command(name: str, make_recipe: Callable[[], USDRLRecipe]) -> Comm
         protocol: Train on the training part of this protocol; by default on all clips.
         split_file: Train on the training part of this JSON file of clip names or numbers under train and test.
         resume: Go on from the newest checkpoint of the run, bit for bit; all other settings must be the run's.
-        device: cpu, cuda, or auto for a GPU where there is one.
+        device: cpu, cuda, or auto for a GPU where there is one; of several processes each takes one.
         threads: Threads that compute on the CPU; by default as many as it has cores.
         tensorboard: Log to TensorBoard too; the JSON log is always written.
         quiet: Show no progress bar.

@@ -36,12 +36,13 @@ class USDRLRecipe:
         corruption: Share of the joints that corruption chooses, 15 of 25 as published.
         shear: Largest factor of the shear, 1 as published.
         epochs: Passes over the data.
-        batch_size: Clips per step.
+        batch_size: Clips per step, of all processes together.
         lr: Learning rate of Adam.
         weight_decay: Coupled L2 weight decay of Adam.
         milestones: Epochs from which the learning rate is multiplied by 0.1.
         warmup_steps: Steps over which the learning rate rises linearly.
         precision: Compute type of encoder and projectors; losses are at least fp32.
+        synchronise_norms: BatchNorm of the projectors over all processes instead of over each.
         seed: Key of every random draw.
         num_threads: Loader threads; batches do not depend on it.
         checkpoint_steps: Steps between checkpoints, 0 for one per epoch.
@@ -71,6 +72,7 @@ class USDRLRecipe:
     milestones: tuple[int, ...] = (351,)
     warmup_steps: int = 0
     precision: Precision = "bf16"
+    synchronise_norms: bool = False
     seed: int = 0
     num_threads: int = 1
     checkpoint_steps: int = 0
@@ -95,6 +97,7 @@ class USDRLRecipe:
             views=views, eval_view=eval_view(self.frames, self.stream, self.normalise),
             epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, weight_decay=self.weight_decay,
             milestones=self.milestones, warmup_steps=self.warmup_steps, precision=self.precision, seed=self.seed,
+            synchronise_norms=self.synchronise_norms,
             num_threads=self.num_threads, checkpoint_steps=self.checkpoint_steps, log_steps=self.log_steps,
         )  # fmt: skip
         return (stage,)

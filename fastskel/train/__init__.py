@@ -2,7 +2,8 @@
 
 from fastskel.train.checkpoint import Checkpoint, load_encoder, read_checkpoint
 from fastskel.train.device import choose_device
-from fastskel.train.pretrain import Monitor, TrainingStopped, pretrain, start
+from fastskel.train.pretrain import Monitor, pretrain, start
+from fastskel.train.processes import TrainingStopped
 from fastskel.train.record import trained_clips
 from fastskel.train.stage import Recipe, Stage
 

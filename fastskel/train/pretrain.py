@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from fastskel.data.batch import Batch
 from fastskel.data.loader import Loader
 from fastskel.data.packed import PackedDataset
+from fastskel.dist import all_reduce_sum, exchange, rank_and_world
 from fastskel.models.encoder import ENCODERS, Encoder
 from fastskel.objectives.objective import OBJECTIVES, Objective, Terms
 from fastskel.train.checkpoint import (
@@ -31,7 +33,7 @@ from fastskel.train.checkpoint import (
     save_checkpoint,
     weights,
 )
-from fastskel.train.device import choose_device
+from fastskel.train.processes import Forward, TrainingStopped, check_alike, join, mean_deviation, on_first, processes
 from fastskel.train.record import create_record, note_resumed, origin, resume_record, run_identity
 from fastskel.train.runlog import RunLog
 from fastskel.train.stage import Stage, describe
@@ -47,10 +49,6 @@ COLLAPSED_DEVIATION = 1e-5
 Monitor = Callable[[Encoder, int], Mapping[str, float]]
 
 
-class TrainingStopped(RuntimeError):
-    """The training cannot go on: it diverged or collapsed."""
-
-
 @dataclass
 class _Run:
     """What moves during a training."""
@@ -61,6 +59,8 @@ class _Run:
     optimizer: torch.optim.Adam
     loader: Loader
     step: int = 0
+    # what a checkpoint is read into comes first, then the processes share it
+    forward: Forward = field(init=False)
 
     @property
     def total_steps(self) -> int:
@@ -98,8 +98,18 @@ class _Run:
             )
         load_weights(self.modules, checkpoint.model, checkpoint.path)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.loader.load_state_dict(checkpoint.state["loader"])
+        self.loader.load_state_dict(self._own_position(checkpoint))
         self.step = checkpoint.state["step"]
+
+    def _own_position(self, checkpoint: Checkpoint) -> dict[str, int]:
+        """Where the loader of any number of processes stood, for this one: positions count batches of all processes."""
+        stored, own = checkpoint.state["loader"], self.loader
+        if stored["batch_size"] * stored["world_size"] != self.stage.batch_size:
+            raise ValueError(
+                f"pretrain: {checkpoint.path} must have the stage's batch_size {self.stage.batch_size}, got "
+                f"{stored['batch_size']} in each of {stored['world_size']} processes. Use its own config."
+            )
+        return {**stored, "batch_size": own.batch_size, "world_size": own.world_size}
 
     def save(self, folder: Path) -> Path:
         # of the next step: the loader's own epoch turns only when it is asked for the next batch
@@ -141,6 +151,12 @@ def start(stage: Stage) -> tuple[Encoder, Objective]:
 
 
 def _build(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | None, device: torch.device) -> _Run:
+    rank, world = rank_and_world()
+    if stage.batch_size % world:
+        raise ValueError(
+            f"pretrain: batch_size must be a multiple of the {world} processes, got {stage.batch_size}. It counts the samples "
+            "of all of them; choose another."
+        )
     encoder, objective = start(stage)
     encoder.to(device).train()
     objective.to(device).train()
@@ -148,8 +164,8 @@ def _build(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | No
         objective.param_groups(encoder), lr=stage.lr, weight_decay=stage.weight_decay, fused=True
     )
     loader = Loader(
-        dataset, views=objective.views, batch_size=stage.batch_size, seed=stage.seed, num_threads=stage.num_threads,
-        indices=indices, device=device,
+        dataset, views=objective.views, batch_size=stage.batch_size // world, seed=stage.seed, num_threads=stage.num_threads,
+        indices=indices, rank=rank, world_size=world, device=device,
     )  # fmt: skip
     return _Run(stage, encoder, objective, optimizer, loader)
 
@@ -159,17 +175,19 @@ def _train_step(run: _Run, batch: Batch, device: torch.device, progress: float) 
     for group in run.optimizer.param_groups:
         group["lr"] = run.stage.lr_at(run.loader.epoch, run.step)
     with torch.autocast(device.type, torch.bfloat16, enabled=run.stage.precision == "bf16"):
-        embeddings = run.objective.embed(run.encoder, batch)
-        terms = run.objective.loss(embeddings, batch, progress)
+        terms, embeddings = run.forward(batch, progress)
     run.optimizer.zero_grad(set_to_none=True)
     terms.total.backward()  # type: ignore[no-untyped-call]
     return terms, embeddings
 
 
 def _figures(terms: Terms, embeddings: Mapping[str, Tensor]) -> dict[str, float]:
-    deviation = torch.stack([z.detach().float().std(1).mean() for z in embeddings.values()]).mean()
-    named = {"loss": terms.total.detach(), "embedding_std": deviation, **terms.terms}
-    return dict(zip(named, torch.stack([value.float() for value in named.values()]).tolist(), strict=True))
+    named = {"loss": terms.total.detach(), "embedding_std": mean_deviation(embeddings), **terms.terms}
+    values = torch.stack([value.double() for value in named.values()])
+    _, world = rank_and_world()
+    # the same bits in all processes: they decide together whether to go on
+    values = all_reduce_sum(values) / world if world > 1 else values
+    return dict(zip(named, values.tolist(), strict=True))
 
 
 def _advice(lr: float) -> str:
@@ -189,7 +207,10 @@ def _check(figures: Mapping[str, float], run: _Run, batch: Batch, lr: float) -> 
         )
     if not math.isfinite(figures["loss"]):
         spoilt = ~torch.stack([view.clips.isfinite().flatten(1).all(1) for view in batch.views]).all(0)
-        names = run.loader.dataset.names[batch.index[spoilt.cpu()].numpy()].tolist()
+        marked = torch.where(spoilt.cpu(), batch.index, -1).tolist()
+        # ranks took turns in the order of the batch
+        turns = zip(*exchange(marked, spoilt.device), strict=True)
+        names = [str(run.loader.dataset.names[number]) for turn in turns for number in turn if number >= 0]
         bad = [name for name, value in figures.items() if not math.isfinite(value)]
         raise TrainingStopped(
             f"pretrain: the loss must stay finite, got {figures['loss']} at step {run.step} (not finite: {', '.join(bad)}). "
@@ -198,8 +219,6 @@ def _check(figures: Mapping[str, float], run: _Run, batch: Batch, lr: float) -> 
 
 
 def _monitored(run: _Run, monitors: Sequence[Monitor], epoch: int) -> dict[str, float]:
-    if not monitors:
-        return {}
     encoder = run.objective.downstream_encoder(run.encoder)
     training = encoder.training
     encoder.eval()
@@ -208,7 +227,15 @@ def _monitored(run: _Run, monitors: Sequence[Monitor], epoch: int) -> dict[str, 
     return figures
 
 
-def _train(run: _Run, folder: Path, device: torch.device, monitors: Sequence[Monitor], log: RunLog, bar: Any) -> Path:
+def _saved(run: _Run, folder: Path, log: RunLog | None) -> Path:
+    assert log is not None
+    log.sync()
+    return run.save(folder)
+
+
+def _train(
+    run: _Run, folder: Path, device: torch.device, monitors: Sequence[Monitor], log: RunLog | None, bar: Any
+) -> Path:
     stage, total, first, started = run.stage, run.total_steps, run.step, time.perf_counter()
     every = stage.checkpoint_steps or len(run.loader)
     while True:
@@ -221,18 +248,20 @@ def _train(run: _Run, folder: Path, device: torch.device, monitors: Sequence[Mon
                 figures, lr = _figures(terms, embeddings), stage.lr_at(epoch, run.step)
                 _check(figures, run, batch, lr)
                 rate = stage.batch_size * (run.step - first + 1) / (time.perf_counter() - started)
-                log.write({"step": run.step, "epoch": epoch, "lr": lr, "samples_per_s": round(rate, 2), **figures})
+                if log is not None:
+                    log.write({"step": run.step, "epoch": epoch, "lr": lr, "samples_per_s": round(rate, 2), **figures})
                 bar.set_postfix(loss=f"{figures['loss']:.3f}", samples_per_s=f"{rate:.0f}", refresh=False)
             run.optimizer.step()
             run.objective.after_step()
             run.step += 1
             bar.update()
             # before the checkpoint: a run that resumes after it does not come back to read this epoch
-            if run.step % len(run.loader) == 0 and (read := _monitored(run, monitors, epoch)):
-                log.write({"step": run.step - 1, "epoch": epoch, **read})
+            if monitors and run.step % len(run.loader) == 0:
+                read = on_first(functools.partial(_monitored, run, monitors, epoch))
+                if log is not None and read:
+                    log.write({"step": run.step - 1, "epoch": epoch, **read})
             if run.step % every == 0 or run.step == total:
-                log.sync()
-                checkpoint = run.save(folder)
+                checkpoint = on_first(lambda: _saved(run, folder, log))
             if run.step == total:
                 return checkpoint
 
@@ -252,6 +281,9 @@ def pretrain(
 ) -> Path:
     """Train one stage and leave a run folder behind.
 
+    Processes that torchrun started train together, by gloo on CPUs and nccl on GPUs; so do those of a group that is set up,
+    which a script that trains several times needs. All call this with the same arguments. The folder is rank 0's.
+
     Args:
         stage: What to train.
         dataset: Packed clips (T, M, V, C).
@@ -267,41 +299,64 @@ def pretrain(
         The folder of the last checkpoint.
     Raises:
         ValueError: On settings, data or folders that cannot be used.
-        TrainingStopped: If the loss is not finite, or the embeddings have collapsed.
+        TrainingStopped: If the loss is not finite, the embeddings have collapsed, or another process failed.
     """
+    with processes(device) as place:
+        return _pretrain(stage, dataset, Path(out), place, indices, recipe, resume, monitors, tensorboard, progress)
+
+
+def _resumed(folder: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any], Checkpoint | None]:
+    """What a run folder says of its run, and the newest checkpoint, tensors on the host."""
+    config, last = resume_record(folder, identity), newest(folder)
+    try:
+        return config, None if last is None else read_checkpoint(last, optimizer=True)
+    except ValueError as error:
+        raise ValueError(f"{error} Remove {last} to go on from the checkpoint before it.") from error
+
+
+def _pretrain(
+    stage: Stage,
+    dataset: PackedDataset,
+    folder: Path,
+    place: torch.device,
+    indices: NDArray[np.int64] | None,
+    recipe: Mapping[str, Any] | None,
+    resume: bool,
+    monitors: Sequence[Monitor],
+    tensorboard: bool,
+    progress: bool,
+) -> Path:
     from tqdm import tqdm
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "pretrain: WORLD_SIZE must be 1, got more. Training on several devices is not implemented yet."
-        )
-    place, folder = choose_device(device), Path(out)
+    first = rank_and_world()[0] == 0
     run = _build(stage, dataset, indices, place)
     identity = run_identity(stage, dataset, indices)
+    check_alike({**identity, "resume": resume})
     if resume:
-        config = resume_record(folder, identity)
-        if (last := newest(folder)) is not None:
+        config, last = on_first(lambda: _resumed(folder, identity))
+        if last is not None:
             try:
-                run.load(read_checkpoint(last, optimizer=True))
+                run.load(last)
             except ValueError as error:
-                raise ValueError(f"{error} Remove {last} to go on from the checkpoint before it.") from error
+                raise ValueError(f"{error} Remove {last.path} to go on from the checkpoint before it.") from error
             if run.step == run.total_steps:
-                return last
-        note_resumed(folder, config, run.step, origin(place))
+                return last.path
+        on_first(lambda: note_resumed(folder, config, run.step, origin(place)))
     else:
         about = {"recipe": describe(recipe or {}), "data": str(dataset.path), **origin(place), "identity": identity}
-        create_record(folder, about, indices)
+        on_first(lambda: create_record(folder, about, indices))
     try:
+        run.forward = join(run.encoder, run.objective, synchronise_norms=stage.synchronise_norms)
         with (
-            contextlib.closing(RunLog(folder, run.step, tensorboard)) as log,
+            contextlib.closing(RunLog(folder, run.step, tensorboard)) if first else contextlib.nullcontext() as log,
             tqdm(
-                total=run.total_steps, initial=run.step, desc=stage.name, unit="step", disable=not progress,
+                total=run.total_steps, initial=run.step, desc=stage.name, unit="step", disable=not (progress and first),
                 dynamic_ncols=True,
             ) as bar,
         ):  # fmt: skip
             return _train(run, folder, place, monitors, log, bar)
     except ValueError:
         # refused before it did anything: the corrected run may have the folder
-        if run.step == 0 and not resume:
+        if run.step == 0 and not resume and first:
             shutil.rmtree(folder)
         raise

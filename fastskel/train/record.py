@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fastskel.atomic import atomic_folder, atomic_write
 from fastskel.data.identity import dataset_identity
 from fastskel.data.packed import PackedDataset
+from fastskel.dist import rank_and_world
 from fastskel.provenance import provenance
 from fastskel.train.stage import Stage, describe
 
@@ -25,12 +26,15 @@ CONFIG_FILE, INDICES_FILE = "config.json", "indices.npy"
 # settings that change neither weights nor log records of a step: a resumed run may have others
 FREE_SETTINGS = ("num_threads", "checkpoint_steps", "log_steps", "name")
 # what the bits of a training depend on beside its configuration
-MACHINE = ("device", "threads", "versions")
+MACHINE = ("device", "processes", "threads", "versions")
 
 
 def origin(device: torch.device) -> dict[str, Any]:
-    """Say where a run computes: device, compute threads, command, versions, commit; plain values."""
-    return {"device": str(device), "threads": torch.get_num_threads(), **provenance()}
+    """Say where a run computes: device, processes, compute threads of each, command, versions, commit; plain values."""
+    _, world = rank_and_world()
+    # by kind in several processes: each has another one
+    name = device.type if world > 1 else str(device)
+    return {"device": name, "processes": world, "threads": torch.get_num_threads(), **provenance()}
 
 
 def run_identity(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | None) -> dict[str, Any]:
@@ -97,12 +101,20 @@ def resume_record(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def note_resumed(folder: Path, config: dict[str, Any], step: int, here: Mapping[str, Any]) -> None:
     """Add to the record that a run goes on, and warn where equal bits are not to be expected."""
-    changed = [key for key in MACHINE if config.get(key) != here[key]]
+    # records of older versions are of one process
+    before = {"processes": 1, **config}
+    changed = [key for key in MACHINE if before.get(key) != here[key]]
+    if "processes" in changed and not config["identity"]["stage"].get("synchronise_norms"):
+        warnings.warn(
+            f"pretrain: {folder} goes on in {here['processes']} processes, not {before['processes']}; its BatchNorm takes "
+            "statistics of each process's samples, which are other ones now. Train with synchronise_norms to prevent it.",
+            stacklevel=6,
+        )
     if changed:
         warnings.warn(
             f"pretrain: {folder} goes on with other {', '.join(changed)} than it began with; "
             "its weights may differ in their last bits from those of an uninterrupted run.",
-            stacklevel=3,
+            stacklevel=6,
         )
     config.setdefault("resumed", []).append({"step": step, **here})
     with atomic_write(folder / CONFIG_FILE) as scratch:

@@ -28,13 +28,15 @@ class Stage:
         views: How each view is made, (N, T, M, V, C) each.
         eval_view: How downstream tasks make their one view.
         epochs: Passes over the data.
-        batch_size: Samples N per step.
+        batch_size: Samples N per step, of all processes together.
         lr: Learning rate of Adam.
         weight_decay: Coupled L2 weight decay of Adam, on every parameter.
         milestones: Epochs from which the learning rate is multiplied by `lr_factor`, once each.
         lr_factor: Factor at each milestone.
         warmup_steps: Steps over which the learning rate rises linearly to `lr`; 0 starts there.
         precision: Compute type of the encoder and projectors; losses are always at least fp32.
+        synchronise_norms: Whether the objective's BatchNorm takes its statistics over the samples of all processes, so that
+            their number changes nothing; else over those of each process.
         seed: Key of every random draw.
         num_threads: Loader threads; batches do not depend on it.
         checkpoint_steps: Steps between checkpoints; 0 makes one at the end of each epoch.
@@ -56,6 +58,7 @@ class Stage:
     lr_factor: float = 0.1
     warmup_steps: int = 0
     precision: Precision = "fp32"
+    synchronise_norms: bool = False
     seed: int = 0
     num_threads: int = 1
     checkpoint_steps: int = 0

@@ -393,9 +393,9 @@ def test_a_refused_run_leaves_no_folder(dataset, tmp_path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
-def test_several_processes_are_refused(dataset, tmp_path, monkeypatch) -> None:
+def test_processes_without_an_address_are_refused(dataset, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE must be 1"):
+    with pytest.raises(ValueError, match="WORLD_SIZE, MASTER_ADDR, MASTER_PORT must be set together"):
         train(dataset, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
