@@ -1,4 +1,4 @@
-"""The command line: `fastskel pack | info | show | check | pretrain | evaluate | export | demo`."""
+"""The command line: `fastskel pack | unpack | info | show | check | pretrain | evaluate | export | demo`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import DisallowNone, Fixed, FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress, arg
+from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+
+from fastskel.cli_pack import list_formats, pack_commands, unpack_commands
 
 if TYPE_CHECKING:
     from fastskel.data.packed import PackedDataset
@@ -25,7 +27,8 @@ __all__ = ["main"]
 PROG = "fastskel"
 ABOUT = f"""usage: {PROG} COMMAND ...
 
-  pack SOURCE SRC DST           raw files into a packed data set
+  pack SOURCE SRC DST           raw or prepared files into a packed data set
+  unpack FORMAT DATA DST        a packed data set into the files of another tool
   info DATA                     what a packed data set holds
   show DATA CLIP                pictures of one clip
   check DATA                    what is wrong with a packed data set
@@ -37,31 +40,9 @@ ABOUT = f"""usage: {PROG} COMMAND ...
 {PROG} COMMAND --help says more, {PROG} --version which one this is."""
 
 Command = Callable[..., None]
-Src = Annotated[Positional[Path], arg(metavar="SRC")]
-Dst = Annotated[Positional[Path], arg(metavar="DST")]
 Data = Annotated[Positional[Path], arg(metavar="DATA")]
 Clip = Annotated[Positional[str], arg(metavar="CLIP")]
 Run = Annotated[Positional[Path], arg(metavar="RUN")]
-
-
-def _pack_command(source: str, defaults: Any) -> Command:
-    def pack(src: Src, dst: Dst, quiet: bool = False, reader: Any = defaults) -> None:
-        from fastskel.data.pack import pack_source
-
-        options = {} if reader is None else {field.name: getattr(reader, field.name) for field in fields(reader)}
-        print(pack_source(source, src, dst, options=options, progress=not quiet))
-
-    # tyro reads the reader's own options off this annotation
-    pack.__annotations__["reader"] = Annotated[None, Suppress, Fixed] if defaults is None else type(defaults)
-    pack.__doc__ = f"""Pack the files of {source} into a folder that fastskel maps into memory.
-
-    Args:
-        src: Folder with the files, or the archive they come in.
-        dst: Folder to create.
-        quiet: Show no progress bar.
-        reader: What the reader of {source} lets one choose.
-    """
-    return pack
 
 
 def info(data: Data, verify: bool = False) -> None:
@@ -353,12 +334,6 @@ def demo(out: Path = Path("demo-run"), seed: int = 0, quick: bool = False) -> No
     run_demo(out, seed=seed, quick=quick)
 
 
-def _pack_commands() -> dict[str, Command]:
-    from fastskel.data.formats import FORMATS
-
-    return {name: _pack_command(name, FORMATS[name].options) for name in FORMATS}
-
-
 def _pretrain_commands() -> dict[str, Command]:
     from fastskel.recipes import RECIPES
 
@@ -367,7 +342,8 @@ def _pretrain_commands() -> dict[str, Command]:
 
 # a command, or what its first argument chooses from: name of that argument, and the choices, imported when asked for
 COMMANDS: Mapping[str, Command | tuple[str, Callable[[], dict[str, Command]]]] = {
-    "pack": ("SOURCE", _pack_commands),
+    "pack": ("SOURCE", pack_commands),
+    "unpack": ("FORMAT", unpack_commands),
     "info": info,
     "show": show,
     "check": check,
@@ -391,7 +367,8 @@ def _choose(prog: str, kind: str, choices: Mapping[str, Any], given: str | None)
 def _overview(prog: str, kind: str, choices: Mapping[str, Command]) -> str:
     width = max(map(len, choices))
     lines = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in choices.items()]
-    return "\n".join([f"usage: {prog} {kind} ...", "", *lines, "", f"{prog} {kind} --help says more."])
+    more = "" if kind != "SOURCE" else f", {prog} --list-formats what the files are and where they come from"
+    return "\n".join([f"usage: {prog} {kind} ...", "", *lines, "", f"{prog} {kind} --help says more{more}."])
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -402,6 +379,9 @@ def _run(arguments: Sequence[str]) -> None:
         kind, choices = command[0], command[1]()
         if rest and rest[0] in ("-h", "--help"):
             print(_overview(prog, kind, choices))
+            return
+        if arguments[0] == "pack" and rest[:1] == ["--list-formats"]:
+            print(list_formats())
             return
         command = _choose(prog, kind, choices, rest[0] if rest else None)
         prog, rest = f"{prog} {rest[0]}", rest[1:]

@@ -33,6 +33,7 @@ LAYERS = {
     "fastskel.compat": 6,
     "fastskel.bench": 7,
     "fastskel.demo": 7,
+    "fastskel.cli_pack": 7,
     "fastskel.cli": 8,
     "fastskel.__main__": 9,
 }

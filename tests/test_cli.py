@@ -19,7 +19,7 @@ import torch
 
 from fastskel.cli import main
 from fastskel.data import make_synthetic, open_dataset, pack_arrays
-from fastskel.data.formats import FORMATS
+from fastskel.data.formats import FORMATS, PREPARED
 from fastskel.objectives import MGFD
 from fastskel.recipes import RECIPES, USDRLRecipe
 
@@ -29,7 +29,7 @@ SMALL_OPTIONS = (
     "--threads 1 --device cpu --quiet"
 )
 SMALL = SMALL_OPTIONS.split()
-COMMANDS = ("pack", "info", "show", "check", "pretrain", "evaluate", "export", "demo")
+COMMANDS = ("pack", "unpack", "info", "show", "check", "pretrain", "evaluate", "export", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,13 @@ def test_help(capsys) -> None:
         ("check", ["DATA", "--protocol", "--split-file", "--json", "--picture", "--crop", "--fail-on", "--quiet"]),
         ("export", ["RUN", "--to", "--out"]),
         ("demo", ["--out", "--seed", "--quick"]),
-        ("pack", ["nw-ucla", "utd-mhad"]),
+        ("pack", ["nw-ucla", "utd-mhad", "agcn", "pyskl", "--list-formats"]),
+        ("unpack", ["agcn", "ctr-gcn", "pyskl"]),
         ("pretrain", list(RECIPES)),
         ("evaluate", ["knn", "linear"]),
         ("pack utd-mhad", ["SRC", "DST", "--quiet"]),
+        ("pack pyskl", ["SRC", "DST", "--quiet", "--dataset", "--topology", "--third", "--usdrl-scaling"]),
+        ("unpack agcn", ["DATA", "DST", "--protocol", "--frames", "--bodies"]),
         ("evaluate knn", ["RUN", "DATA", "--protocol", "--split-file", "--normalise", "--k "]),
         ("evaluate linear", ["RUN", "DATA", "--protocol", "--learning-rate", "--epochs", "--seed"]),
     ],
@@ -130,13 +133,13 @@ def test_help_of_recipes_is_complete(capsys, recipe) -> None:
 
 def test_unknown_names(capsys) -> None:
     error = refused(capsys, "pretrian")
-    assert error.startswith("error: fastskel: COMMAND must be one of pack, info, show,")
+    assert error.startswith("error: fastskel: COMMAND must be one of pack, unpack, info,")
     assert "got 'pretrian'. Did you mean pretrain?" in error
     error = refused(capsys, "pretrain", "usdrl-smal", "data")
     assert "RECIPE must be one of usdrl-demo," in error and "Did you mean usdrl-small" in error
     assert "got none. See fastskel pretrain --help." in refused(capsys, "pretrain")
     assert "got '--epochs'" in refused(capsys, "pretrain", "--epochs", "3", "usdrl-small", "data")
-    known = ", ".join(FORMATS)
+    known = ", ".join([*FORMATS, *PREPARED])
     assert f"SOURCE must be one of {known}, got 'imagenet'" in refused(capsys, "pack", "imagenet", "a", "b")
     assert "TASK must be one of knn, linear, got 'knm'. Did you mean knn?" in refused(capsys, "evaluate", "knm")
 

@@ -58,7 +58,9 @@ class ClipReader:
             raise _fault("names", "a list of strings", reprlib.repr(names), "Pass one name per clip")
         self.topology = topology
         self.names = names
-        self.num_frames = None if num_frames is None else _integers("num_frames", num_frames)
+        self.all_valid = isinstance(num_frames, str) and num_frames == "all"
+        counted = num_frames is not None and not self.all_valid
+        self.num_frames = _integers("num_frames", num_frames) if counted else None
         self.num_channels = 0
         self.where = ""
 
@@ -126,6 +128,8 @@ class ClipReader:
         return frames
 
     def _valid(self, number: int, frames: NDArray[np.float32]) -> NDArray[np.bool_]:
+        if self.all_valid:
+            return np.ones(len(frames), dtype=bool)
         if self.num_frames is None:
             valid = np.asarray(frames.any(axis=(1, 2, 3)))
             if not valid.any():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,7 +23,7 @@ from fastskel.data.clips import (
     plain_splits,
     plain_strings,
 )
-from fastskel.data.formats import FORMATS, SkipFile, SourceClip
+from fastskel.data.formats import FORMATS, PREPARED, SkipFile, SourceClip
 from fastskel.data.gather import GatheredExtras
 from fastskel.data.normalise import NORMALISATIONS, normalise
 from fastskel.data.packed import UP_AXES, PackedDataset, open_dataset
@@ -81,7 +81,7 @@ def pack_arrays(
     splits: Mapping[str, Mapping[str, Sequence[Part]]] | None = None,
     segments: Sequence[Sequence[Any]] | NDArray[Any] | None = None,
     class_names: Sequence[str] = (),
-    num_frames: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+    num_frames: Sequence[int] | NDArray[np.integer[Any]] | Literal["all"] | None = None,
     num_bodies: int = 1,
     channels: Sequence[str] | None = None,
     units: str = "metres",
@@ -103,8 +103,9 @@ def pack_arrays(
         splits: Protocol to {"train": clips, "test": clips}, clips given by index or name.
         segments: Rows (clip, class, start, end[, confidence]), clip by index or name, end exclusive; they may overlap.
         class_names: Distinct names of the K classes.
-        num_frames: Valid frames at the beginning of each clip, (n,); None: frames with any non-zero joint are valid.
-            Other frames are dropped, with their values in per-frame columns, and segments follow.
+        num_frames: Valid frames at the beginning of each clip, (n,); "all": every frame is valid; None: frames with any
+            non-zero joint are valid. Other frames are dropped, with their values in per-frame columns, and segments
+            follow.
         num_bodies: Least M of the packed frames, at least 1.
         channels: Distinct names of the C channels; None: x, y and z or score.
         units: Unit of the coordinates, "metres", "pixels" or your own.
@@ -183,8 +184,9 @@ def pack_source(
     """Pack the files of a public data set, clips of (T, M, V, C).
 
     Args:
-        format_name: Name in `FORMATS`, such as "utd-mhad".
-        src: Folder with the files, searched recursively, or the tar or zip archive they come in.
+        format_name: Name in `FORMATS`, such as "utd-mhad", or in `PREPARED`, such as "pyskl".
+        src: Folder with the files, searched recursively, or the tar or zip archive they come in. Of a prepared format,
+            see `fastskel.data.pack_prepared`.
         dst: Folder to create. The same files give the same bytes.
         options: What the format lets one choose, by name; None: its defaults.
         progress: Show a progress bar on standard error.
@@ -196,6 +198,10 @@ def pack_source(
     """
     from tqdm import tqdm
 
+    if format_name in PREPARED:
+        from fastskel.data.pack_prepared import pack_prepared
+
+        return pack_prepared(format_name, src, dst, options=options, progress=progress)
     fmt = FORMATS[format_name]
     chosen = {} if options is None else options
     read: Callable[..., SourceClip] = fmt.reader(chosen)

@@ -67,6 +67,10 @@ def test_one_padded_array_and_counts(tmp_path):
     counted = pack.pack_arrays(clips, topology="sbu-15", out=tmp_path / "count", num_frames=[8, 2, 5])
     assert by_zero.num_frames.tolist() == [8, 1, 5] and by_zero.meta["valid_frames_rule"] == "nonzero"
     assert counted.num_frames.tolist() == [8, 2, 5] and counted.meta["valid_frames_rule"] == "counted"
+    whole = pack.pack_arrays(clips, topology="sbu-15", out=tmp_path / "all", num_frames="all")
+    assert whole.num_frames.tolist() == [len(clip) for clip in clips] and whole.meta["valid_frames_rule"] == "counted"
+    with pytest.raises(ValueError, match="num_frames must be whole numbers along one axis"):
+        pack.pack_arrays(clips, topology="sbu-15", out=tmp_path / "some", num_frames="some")
 
 
 def test_dropped_frames_take_their_columns_and_segments_along(tmp_path):

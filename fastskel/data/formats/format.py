@@ -81,6 +81,7 @@ class Format:
         unique_names: Whether file names tell clips apart; otherwise their folders do.
         layout: Skeleton layout that `topology` names, where it is not a registered one.
         adapt: Returns the format for chosen options, where skeleton, channels or units depend on them.
+        about: What the files are and where they come from, for `fastskel pack --list-formats`.
     """
 
     topology: str
@@ -97,6 +98,7 @@ class Format:
     unique_names: bool = True
     layout: Topology | None = None
     adapt: Callable[[Format, Any], Format] | None = None
+    about: str = ""
 
     def adapted(self, chosen: Mapping[str, Any]) -> Format:
         """Return the format as it is with the options that a user chose, by name.

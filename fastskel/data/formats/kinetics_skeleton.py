@@ -127,6 +127,7 @@ FORMATS.add(
         class_names=(),
         columns=("train",),
         read=read,
+        about="folders of JSON files of Kinetics-skeleton (400 classes, OpenPose, up to five persons), as ST-GCN released it",
         options=KineticsOptions(),
         annotations=Annotations(_LISTS, dict),
     ),

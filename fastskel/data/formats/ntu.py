@@ -146,6 +146,8 @@ def _format(num_classes: int) -> Format:
         columns=_COLUMNS,
         read=partial(read, num_classes=num_classes),
         options=NtuOptions(),
+        about=f".skeleton text of NTU RGB+D {num_classes} ({num_classes} classes, Kinect v2), from the ROSE Lab of Nanyang "
+        "Technological University on request",
     )
 
 

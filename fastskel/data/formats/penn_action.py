@@ -83,5 +83,7 @@ FORMATS.add(
         class_names=CLASSES,
         columns=("train",),
         read=read,
+        about="0001.mat and so on of Penn Action (15 classes, 13 annotated joints in pictures), from the "
+        "University of Pennsylvania",
     ),
 )

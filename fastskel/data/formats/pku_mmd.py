@@ -166,6 +166,7 @@ FORMATS.add(
         class_names=CLASSES,
         columns=("video", "camera"),
         read=read,
+        about="skeleton and label text of PKU-MMD I or II (51 classes, untrimmed, Kinect v2), from the page of Peking University",
         frame_columns=("action",),
         annotations=Annotations(_BESIDE, read_annotations, PkuAnnotations.splits),
     ),

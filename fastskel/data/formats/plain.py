@@ -227,6 +227,7 @@ for _name, _read in (("npy", read_npy), ("json", read_json), ("csv", read_csv)):
             class_names=(),
             columns=(),
             read=_read,
+            about=f"a user's own .{_name} files, one clip each, with a skeleton given by name or file",
             options=PlainOptions(),
             adapt=_adapt,
         ),

@@ -56,6 +56,8 @@ FORMATS.add(
         class_names=CLASSES,
         columns=("actor", "partner", "repetition"),
         read=read,
+        about="skeleton_pos.txt files of the SBU Kinect interaction data set (8 classes, two persons), "
+        "from Stony Brook University",
         frame_columns=("frame_id",),
         unique_names=False,
     ),

@@ -84,5 +84,6 @@ FORMATS.add(
         class_names=CLASSES,
         columns=("subject", "repetition"),
         read=read,
+        about="*_skeleton.mat files of UTD-MHAD (27 classes, Kinect v1), from the page of the University of Texas at Dallas",
     ),
 )

@@ -139,6 +139,8 @@ FORMATS.add(
         class_names=tuple(CLASSES.values()),
         columns=("subject", "repetition"),
         read=read,
+        about="joints and action labels of UTKinect-Action3D (10 classes, untrimmed, Kinect v1), from the "
+        "University of Texas at Austin",
         frame_columns=("frame_id", "action"),
         annotations=Annotations(_LABELS, read_labels),
     ),

@@ -1,0 +1,100 @@
+"""The commands that bring data in and out: one of `pack` for each source, one of `unpack` for each tool."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Fixed, Positional, Suppress, arg
+
+__all__ = ["list_formats", "pack_commands", "unpack_commands"]
+
+Command = Callable[..., None]
+Src = Annotated[Positional[Path], arg(metavar="SRC")]
+Dst = Annotated[Positional[Path], arg(metavar="DST")]
+Data = Annotated[Positional[Path], arg(metavar="DATA")]
+
+
+def pack_commands() -> dict[str, Command]:
+    """Return the command of each format that can be read: raw files of (T, M, V, C) clips, and prepared ones."""
+    from fastskel.data.formats import FORMATS, PREPARED
+
+    commands = {name: _pack_command(name, FORMATS[name].options) for name in FORMATS}
+    return commands | {name: _pack_command(name, PREPARED[name].options) for name in PREPARED}
+
+
+def unpack_commands() -> dict[str, Command]:
+    """Return the command of each format that clips (T, M, V, C) can be written in."""
+    from fastskel.data.unpack import UNPACKERS
+
+    return {name: _unpack_command(name) for name in UNPACKERS}
+
+
+def list_formats() -> str:
+    """Return what `fastskel pack` can read, clips (T, M, V, C) each: name, files, where they come from, and options."""
+    from fastskel.data.formats import FORMATS, PREPARED
+
+    known: list[tuple[str, Any]] = [(name, FORMATS[name]) for name in FORMATS]
+    prepared: list[tuple[str, Any]] = [(name, PREPARED[name]) for name in PREPARED]
+    width = max(len(name) for name, _ in known + prepared)
+    lines = []
+    for title, entries in (("Files of public data sets:", known), ("Files that other tools prepared:", prepared)):
+        lines += [title, ""]
+        for name, entry in entries:
+            options = ", ".join(f"--{option.replace('_', '-')}" for option in _option_names(entry.options))
+            text = f"{entry.about}. Options: {options}." if options else f"{entry.about}."
+            first, others = f"  {name:<{width}}  ", " " * (width + 4)
+            lines += textwrap.wrap(
+                text, 100, initial_indent=first, subsequent_indent=others, break_on_hyphens=False
+            )
+        lines.append("")
+    return "\n".join([*lines, "fastskel pack NAME --help explains the options."])
+
+
+def _option_names(options: Any) -> list[str]:
+    return [] if options is None else [option.name for option in fields(options)]
+
+
+def _pack_command(source: str, defaults: Any) -> Command:
+    def pack(src: Src, dst: Dst, quiet: bool = False, reader: Any = defaults) -> None:
+        from fastskel.data.pack import pack_source
+
+        options = {name: getattr(reader, name) for name in _option_names(reader)}
+        print(pack_source(source, src, dst, options=options, progress=not quiet))
+
+    # tyro reads the reader's own options off this annotation
+    pack.__annotations__["reader"] = Annotated[None, Suppress, Fixed] if defaults is None else type(defaults)
+    pack.__doc__ = f"""Pack the files of {source} into a folder that fastskel maps into memory.
+
+    Args:
+        src: Folder with the files, or the archive or file they come in.
+        dst: Folder to create.
+        quiet: Show no progress bar.
+        reader: What the reader of {source} lets one choose.
+    """
+    return pack
+
+
+def _unpack_command(name: str) -> Command:
+    from fastskel.data.unpack import UNPACKERS
+
+    unpacker = UNPACKERS[name]
+
+    def unpack(data: Data, dst: Dst, writer: Any = unpacker.options) -> None:
+        from fastskel.data.packed import open_dataset
+
+        unpacker.write(open_dataset(data), dst, writer)
+        print(dst)
+
+    unpack.__annotations__["writer"] = type(unpacker.options)
+    unpack.__doc__ = f"""Write {unpacker.about}.
+
+    Args:
+        data: Packed data set.
+        dst: File or folder to create.
+        writer: What the writer of {name} lets one choose.
+    """
+    return unpack
