@@ -9,6 +9,7 @@
 #include <string>
 
 #include "core/crop_resize.h"
+#include "core/float_mode.h"
 #include "core/philox.h"
 
 namespace py = pybind11;
@@ -80,7 +81,10 @@ py::array_t<float> crop_resize(const py::array& clip, std::int64_t start, std::i
   const auto* from = static_cast<const float*>(clip.data());
   float* to = out.mutable_data();
   const std::int64_t frame_size = clip.shape(1) * clip.shape(2) * clip.shape(3);
-  fastskel::without_gil([&] { fastskel::crop_resize(from, frame_size, start, length, out_frames, to); });
+  fastskel::without_gil([&] {
+    const fastskel::DefaultFloats floats;
+    fastskel::crop_resize(from, frame_size, start, length, out_frames, to);
+  });
   return out;
 }
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <exception>
@@ -126,9 +127,9 @@ class PyBatchStream {
     require_between(position, 0, std::int64_t{1} << 62, function, "position", "Count batches from 0");
     const auto* numbers = values<std::int64_t>(order, 1, function, "order", "contiguous int64 (n,)");
     std::vector<std::int64_t> clips(numbers, numbers + order.shape(0));
-    for (const std::int64_t clip : clips) {
-      require_between(clip, 0, views_->clips().size() - 1, function, "order", "Give numbers of clips");
-    }
+    const std::int64_t last = views_->clips().size() - 1;
+    const auto outside = std::find_if(clips.begin(), clips.end(), [last](std::int64_t clip) { return clip < 0 || clip > last; });
+    if (outside != clips.end()) require_between(*outside, 0, last, function, "order", "Give numbers of clips");
     without_gil([&] { stream_->start(static_cast<std::uint32_t>(epoch), std::move(clips), position); });
   }
 

@@ -17,6 +17,8 @@
 #include <thread>
 #include <utility>
 
+#include "core/float_mode.h"
+
 namespace fastskel {
 
 namespace {
@@ -142,6 +144,7 @@ struct BatchStream::Core {
 
   // rows of a batch with all their views; `row` says at which one an exception left
   void make_rows(Job& job, std::size_t& row, std::size_t end, std::optional<Scratch>& scratch) const {
+    const DefaultFloats floats;
     if (!scratch) scratch.emplace();
     source->check();
     for (std::size_t i = row; i < end; ++i) source->prefetch(job.batch.clips[i]);
@@ -272,6 +275,10 @@ void BatchStream::start(std::uint32_t epoch, std::vector<std::int64_t> order, st
     stop();
     throw Error("BatchStream.start: num_threads must be at most what the system allows, got " +
                 std::to_string(core.num_threads) + " (" + error.what() + "). Lower it.");
+  } catch (...) {
+    // else next() might wait for threads that do not exist
+    stop();
+    throw;
   }
   core.work.notify_all();
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "core/philox.h"
@@ -31,7 +32,22 @@ struct Step {
 constexpr std::ptrdiff_t kAheadBytes = 4096;
 constexpr std::ptrdiff_t kLineBytes = 64;
 
-float* reserve(std::vector<float>& buffer, std::int64_t size) {
+// memory that begins with a cache line, so that vectors do not lie across two of them
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+  LineAllocator() = default;
+  template <typename U>
+  LineAllocator(const LineAllocator<U>&) noexcept {}
+  T* allocate(std::size_t num) { return static_cast<T*>(::operator new(num * sizeof(T), std::align_val_t{kLineBytes})); }
+  void deallocate(T* memory, std::size_t) noexcept { ::operator delete(memory, std::align_val_t{kLineBytes}); }
+  bool operator==(const LineAllocator&) const noexcept { return true; }
+  bool operator!=(const LineAllocator&) const noexcept { return false; }
+};
+
+using Floats = std::vector<float, LineAllocator<float>>;
+
+float* reserve(Floats& buffer, std::int64_t size) {
   if (buffer.size() < static_cast<std::size_t>(size)) buffer.resize(static_cast<std::size_t>(size));
   return buffer.data();
 }
@@ -40,8 +56,8 @@ float* reserve(std::vector<float>& buffer, std::int64_t size) {
 
 struct Scratch::Buffers {
   // the rows at work, twice because steps do not work in place
-  std::vector<float> rows[2];
-  std::vector<float> normals, weights, zeros, matrices, next, layout;
+  Floats rows[2];
+  Floats normals, weights, zeros, matrices, next, layout;
   std::vector<double> wide;
   std::vector<std::int64_t> pool;
   std::vector<std::uint8_t> masked;
@@ -53,7 +69,7 @@ struct Scratch::Buffers {
   const char* ahead_end = nullptr;
 
   // the clip that was normalised last, and for what
-  std::vector<float> clip;
+  Floats clip;
   const Clips* clips = nullptr;
   const float* source = nullptr;
   std::int64_t centre_joint = 0;

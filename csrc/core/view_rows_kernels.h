@@ -20,22 +20,42 @@ struct Position {
   float rest, weight;
 };
 
-FASTSKEL_INLINE Position position_of(Rows rows, std::int64_t row, std::int64_t size) {
-  // source position of frame i is (2 i + 1) length / (2 frames) - 1 / 2: a whole numerator picks the same frames everywhere
-  const std::int64_t denominator = 2 * rows.frames;
-  std::int64_t numerator = (2 * (rows.first + row) + 1) * rows.crop.length - rows.frames;
-  if (numerator < 0) numerator = 0;
-  const std::int64_t lower = numerator / denominator;
-  const std::int64_t upper = lower + 1 < rows.crop.length ? lower + 1 : rows.crop.length - 1;
-  const auto weight = static_cast<float>(static_cast<double>(numerator % denominator) / static_cast<double>(denominator));
-  const float* first = rows.clip + rows.crop.start * size;
-  return {first + lower * size, first + upper * size, 1.0f - weight, weight};
+// where the next row comes from: source frame `lower` and `numerator` / `denominator` of the way to the one behind it
+struct Walk {
+  const float* crop;
+  std::int64_t last, lower, numerator, denominator, step, step_numerator;
+};
+
+FASTSKEL_INLINE Walk walk_of(Rows rows, std::int64_t size) {
+  // source position of frame i is (2 i + 1) length / (2 frames) - 1 / 2: a whole numerator picks the same frames everywhere.
+  // It is negative before the centre of the first source frame, where a step is less than one frame
+  const std::int64_t length = rows.crop.length, denominator = 2 * rows.frames;
+  const std::int64_t numerator = (2 * rows.first + 1) * length - rows.frames;
+  const std::int64_t lower = numerator < 0 ? 0 : numerator / denominator, step = length / rows.frames;
+  return {rows.clip + rows.crop.start * size, length - 1, lower, numerator - lower * denominator, denominator, step,
+          2 * (length - step * rows.frames)};
+}
+
+// the position of a row, and the walk on to the next one without dividing whole numbers again
+FASTSKEL_INLINE Position next_position(Walk& walk, std::int64_t size) {
+  const std::int64_t numerator = walk.numerator < 0 ? 0 : walk.numerator;
+  const std::int64_t upper = walk.lower < walk.last ? walk.lower + 1 : walk.last;
+  const auto weight = static_cast<float>(static_cast<double>(numerator) / static_cast<double>(walk.denominator));
+  const Position at{walk.crop + walk.lower * size, walk.crop + upper * size, 1.0f - weight, weight};
+  walk.lower += walk.step;
+  walk.numerator += walk.step_numerator;
+  if (walk.numerator >= walk.denominator) {
+    walk.numerator -= walk.denominator;
+    ++walk.lower;
+  }
+  return at;
 }
 
 FASTSKEL_TARGET void resize_rows(Rows rows, FrameShape shape, float* out, std::uint8_t* mask) {
   const std::int64_t body_size = shape.joints * shape.channels, size = shape.bodies * body_size;
+  Walk walk = walk_of(rows, size);
   for (std::int64_t row = 0; row < rows.count; ++row) {
-    const Position at = position_of(rows, row, size);
+    const Position at = next_position(walk, size);
     const Lanes::Floats rest = Lanes::fill(at.rest), weight = Lanes::fill(at.weight);
     for (std::int64_t body = 0; body < shape.bodies; ++body) {
       const float* a = at.lower + body * body_size;
@@ -74,8 +94,9 @@ FASTSKEL_INLINE void resize_multiply_channels(Rows rows, FrameShape shape, const
   constexpr std::int64_t kUsed = Lanes::kCount / kChannels * kChannels;
   const std::int64_t body_size = shape.joints * kChannels, size = shape.bodies * body_size;
   const std::int64_t whole = body_size / kUsed * kUsed;
+  Walk walk = walk_of(rows, size);
   for (std::int64_t row = 0; row < rows.count; ++row) {
-    const Position at = position_of(rows, row, size);
+    const Position at = next_position(walk, size);
     const Lanes::Floats rest = Lanes::fill(at.rest), weight = Lanes::fill(at.weight);
     for (std::int64_t body = 0; body < shape.bodies; ++body) {
       const float* a = at.lower + body * body_size;

@@ -36,6 +36,7 @@ std::string bytes_of(const T* values, std::size_t num) {
   return {reinterpret_cast<const char*>(values), num * sizeof(T)};
 }
 
+void test_bounds();
 void test_clips();
 void test_cpu_count();
 void test_sampler();

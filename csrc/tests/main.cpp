@@ -65,6 +65,7 @@ void write(const std::string& path, const std::string& bytes) {
 }  // namespace fastskel_tests
 
 int main() {
+  fastskel_tests::test_bounds();
   fastskel_tests::test_clips();
   fastskel_tests::test_cpu_count();
   fastskel_tests::test_sampler();

@@ -1,4 +1,5 @@
 // Views of clips through the ring: the same bytes from several threads as from one, which the sanitizers watch.
+#include <cfenv>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -132,6 +133,11 @@ void test_views() {
     check(alone.size() == 3 * 10 * 3 * (16 * kBodies * (kJoints * kChannels * fastskel::size_of(dtype) + 1)), "size of views");
     check(run(mapped, dtype, 0) == alone, "a mapped file gives the same views");
     for (const int threads : {1, 4}) check(run(clips, dtype, threads) == alone, "several threads give the same views");
+    // a caller's rounding is not that of its views, nor of the threads that it starts
+    std::fesetround(FE_UPWARD);
+    for (const int threads : {0, 2}) check(run(clips, dtype, threads) == alone, "rounding of a caller changes no view");
+    check(std::fegetround() == FE_UPWARD, "a caller's rounding stays his own");
+    std::fesetround(FE_TONEAREST);
   }
 }
 

@@ -154,8 +154,15 @@ class NativeEngine(Engine):
         turn = self._turns
         try:
             stream.start(epoch, np.ascontiguousarray(order), 0)
-            while (made := stream.next()) is not None:
+            for expected in _plan(order, batch_size):
+                made = stream.next()
+                # stopped by somebody else, which the loader sees by the batches that are missing
+                if made is None:
+                    return
                 views, index, _ = made
+                # another thread began an iteration: one of the two has a batch of the other
+                if turn != self._turns or not np.array_equal(index, expected):
+                    raise RuntimeError("Loader: iterations must follow one another, got two at once. Make a second loader.")
                 if self._pins is not None:
                     self._pins.add(views[0][0].ctypes.data, stream.slot_bytes)
                 yield index, self._views(views)
@@ -169,10 +176,10 @@ class NativeEngine(Engine):
     def _open(self, batch_size: int) -> _native.BatchStream:
         """Return the ring for batches of N clips; a process that was forked off makes its own."""
         if self._stream is None or self._process != os.getpid():
-            self._process = os.getpid()
             self._stream = _native.BatchStream(
                 self.makers, batch_size=batch_size, num_threads=self.num_threads, depth=DEPTH, keep=self._pins is not None
             )
+            self._process = os.getpid()
         return self._stream
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ def program(frames: int = 16, transforms=(), **changes) -> dict:
     }
 
 
-def slow(taps: int = 200_001) -> dict:
+def slow(taps: int) -> dict:
     """A view whose rows take a good part of a second each and next to no memory."""
     blur = {"kind": "blur", "low": 1.0, "high": 1.0, "taps": taps, "probability": 1.0, "normalise": True}
     return program(64, [{**blur, "padding": "edge"}])
@@ -386,7 +386,7 @@ def test_neither_memory_nor_threads_leak(folder: Path) -> None:
 
 
 def test_other_threads_run_while_a_batch_is_waited_for(arrays) -> None:
-    stream = stream_of(_native.Clips.borrow(*arrays), [slow()], num_threads=1, batch_size=2)
+    stream = stream_of(_native.Clips.borrow(*arrays), [slow(1_000_001)], num_threads=1, batch_size=2)
     stream.start(0, np.arange(4), 0)
     turns, done = [0], threading.Event()
 

@@ -136,7 +136,7 @@ def test_the_interpreter_ends_while_a_thread_waits(folder: Path) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGINT") or os.name != "posix", reason="sends a signal")
 def test_ctrl_c_ends_a_wait(folder: Path) -> None:
     source = SETUP + """
-    stream = stream_of(opened(Path(sys.argv[1])), [slow(400_001)], num_threads=1, batch_size=8)
+    stream = stream_of(opened(Path(sys.argv[1])), [slow(1_000_001)], num_threads=1, batch_size=8)
     stream.start(0, np.arange(NUM), 0)
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     begin = time.monotonic()
