@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import stat
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,8 @@ __all__ = ["PARTS", "main"]
 PARTS = ("speed", "scaling", "consumer", "memory")
 VIEWS, FRAMES, BODIES, JOINTS, CHANNELS = 4, 64, 2, 25, 3
 SAMPLE_BYTES = VIEWS * FRAMES * BODIES * JOINTS * CHANNELS * 4
+# and the part of those bytes that each takes
+TYPES = {"float32": 1.0, "bfloat16": 0.5}
 BATCH, STEP_S = 356, 0.08
 MIN_LENGTH, MAX_LENGTH = 60, 120
 # length of the published files' zero-padded clips
@@ -152,17 +155,27 @@ def measure_scaling(dataset: PackedDataset, rounds: int) -> Iterator[dict[str, A
     size = min(BATCH, len(dataset))
     for threads in range(1, cores + 1):
         calls[f"copy-{threads}"] = _copying(threads, 64 * MIB, copies)
-        calls[f"native-{threads}"] = _drawing(loader_of(dataset, num_threads=threads), batches)
-    written = {name: 64 * MIB * copies * int(name[5:]) for name in calls if name.startswith("copy")}
-    written |= {name: SAMPLE_BYTES * size * batches for name in calls if name.startswith("native")}
-    timings = {timing.provider: timing for timing in compare(calls, "native-1", rounds=rounds)}
-    for name, timing in timings.items():
-        rate = 1e3 * written[name] / timing.median_ms
-        row = {"case": name, "bytes_per_s": rate, "noise": timing.noise, "rounds": timing.rounds}
-        if name.startswith("native"):
-            copied = 1e3 * written[f"copy-{name[7:]}"] / timings[f"copy-{name[7:]}"].median_ms
-            row |= {"samples_per_s": rate / SAMPLE_BYTES, "over_one_thread": timing.speedup, "share_of_copy": rate / copied}
-        yield row
+        for dtype in TYPES:
+            calls[f"{dtype}-{threads}"] = _drawing(loader_of(dataset, num_threads=threads, dtype=dtype), batches)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for timing_round in range(rounds + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            # the first round warms up
+            times[name] += [time.perf_counter() - begin] if timing_round else []
+    for threads in range(1, cores + 1):
+        copied = 64 * MIB * copies * threads / statistics.median(times[f"copy-{threads}"])
+        yield {"case": f"copy-{threads}", "bytes_per_s": copied, "rounds": rounds}
+        for dtype, share in TYPES.items():
+            own, one = times[f"{dtype}-{threads}"], times[f"{dtype}-1"]
+            rate = size * batches / statistics.median(own)
+            low, middle, high = quantiles([a / b for a, b in zip(one, own, strict=True)])
+            yield {
+                "case": f"{dtype}-{threads}", "samples_per_s": rate, "bytes_per_s": rate * SAMPLE_BYTES * share,
+                "share_of_copy": rate * SAMPLE_BYTES * share / copied, "over_one_thread": middle, "over_q20": low,
+                "over_q80": high, "rounds": rounds,
+            }  # fmt: skip
 
 
 def _work(seconds: float) -> Callable[[], None]:

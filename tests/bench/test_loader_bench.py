@@ -33,7 +33,7 @@ def test_every_part_runs_on_few_clips(tmp_path, monkeypatch, part):
     assert {row["part"] for row in rows} == {f"loader-{part}"}
     cases = {row["case"] for row in rows}
     expected = {
-        "speed": {"feeder", "numpy", "native-float32", "native-bfloat16"}, "scaling": {"copy-1", "native-1"},
+        "speed": {"feeder", "numpy", "native-float32", "native-bfloat16"}, "scaling": {"copy-1", "float32-1", "bfloat16-1"},
         "consumer": {"10 per 1 ms"}, "memory": {"native", "dataloader"},
     }  # fmt: skip
     assert expected[part] <= cases
