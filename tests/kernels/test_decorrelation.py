@@ -263,7 +263,8 @@ def test_forms_are_chosen_by_size() -> None:
 
 
 def example(dtype: torch.dtype = SINGLE) -> tuple[Tensor, Energies]:
-    z = embeddings(3, 6, 5, dtype=dtype)
+    # not more samples than features: by Gram matrices
+    z = embeddings(3, 5, 6, dtype=dtype)
     return z, weights_for(reference(z))
 
 

@@ -259,7 +259,7 @@ def test_published_sizes(shape: tuple[int, int, int], dtype: torch.dtype, precis
 
 
 def test_form_follows_sizes() -> None:
-    assert form_of(356, 2048) == "gram" and form_of(3072, 2048) == "gram" and form_of(3073, 2048) == "direct"
+    assert form_of(356, 2048) == "gram" and form_of(2048, 2048) == "gram" and form_of(2049, 2048) == "direct"
     # products of half a Gram matrix, and two of a whole one, for each kind; all of C with itself
     alone = PLAIN._replace(pairs=False)
     assert pass_cost(2, 3, 5).flops == 2 * 2 * (3 * 4 * 5 + 2 * 3 * 3 * 5)
