@@ -26,7 +26,7 @@ Source: temporal_cropresize and crop_subsequence of USDRL.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -58,7 +58,6 @@ __all__ = [
     "crop_shares",
     "eval_view",
     "make_view",
-    "normalised",
     "usdrl_views",
 ]
 
@@ -211,24 +210,6 @@ def crop_bounds(
     scale = low + ((high - low) * (drawn[:, 0].astype(np.int64) >> 8) >> 24)
     length = np.minimum(np.maximum(count * scale >> 24, crop.min_frames), count)
     return below(drawn[:, 1], count - length + 1), length
-
-
-def normalised(dataset: PackedDataset, kind: str) -> PackedDataset:
-    """The same data set with every clip (T, M, V, C) normalised once, held in memory; `kind` as in `ViewSpec`.
-
-    Views of the result with normalise="none" equal views of the data set with this kind, bit for bit.
-
-    Raises:
-        ValueError: If the kind is unknown or does not fit the data set.
-    """
-    ViewSpec(normalise=kind).check(dataset)
-    if kind == "none":
-        return dataset
-    frames = np.empty(dataset.frames.shape, np.float32)
-    for number in range(len(dataset)):
-        begin, end = int(dataset.offsets[number]), int(dataset.offsets[number + 1])
-        frames[begin:end] = _clip(dataset, number, kind)
-    return replace(dataset, frames=frames, meta={**dataset.meta, "normalisation": kind})
 
 
 def _clip(dataset: PackedDataset, number: int, kind: str) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from fastskel.kernels.reference.philox import MULTIPLIERS, NUM_ROUNDS, WEYL, WORD_MASK
+from fastskel.kernels.reference.philox import philox_words
 from torch import Tensor
 
 __all__ = ["augment", "crop_bounds"]
@@ -28,15 +28,8 @@ class Address(NamedTuple):
 
     def words(self, use: int, first: int, num: int) -> Tensor:
         """Words `first` .. `first` + `num` - 1 of a use, (num,), int64 in [0, 2^32)."""
-        blocks = torch.arange(first // 4, -(-(first + num) // 4))
-        c0, c1, c2, c3 = (torch.full_like(blocks, value) for value in (self.clip, self.epoch, self.view | use << 16, 0))
-        c3 = c3 + blocks
-        key0, key1 = self.seed & WORD_MASK, self.seed >> 32 & WORD_MASK
-        for _ in range(NUM_ROUNDS):
-            (high0, low0), (high1, low1) = _multiply(c0, MULTIPLIERS[0]), _multiply(c2, MULTIPLIERS[1])
-            c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
-            key0, key1 = key0 + WEYL[0] & WORD_MASK, key1 + WEYL[1] & WORD_MASK
-        return torch.stack([c0, c1, c2, c3], dim=-1).flatten()[first % 4 :][:num]
+        clip, view = torch.tensor([self.clip]), torch.tensor([self.view])
+        return philox_words(clip, view, self.seed, self.epoch, use, num, first=first)[0]
 
     def spatial(self, word: int, num: int = 1) -> Tensor:
         """Words of the transform's SPATIAL block, (num,)."""
@@ -238,13 +231,6 @@ def _stream(values: Tensor, program: Mapping[str, Any]) -> Tensor:
     if program["stream"] == "motion":
         return torch.cat([values[1:], values[-1:]]) - values
     return values
-
-
-def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    # the 64-bit product leaves int64's range: form it in 16-bit halves of the word
-    low = (word & 0xFFFF) * multiplier
-    high = (word >> 16) * multiplier + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def _uniform(words: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox_words(index: Tensor, view: Tensor, seed: int, step: int, use: int, num: int) -> Tensor:
-    """Draw words (N, num), int64 in [0, 2**32), for samples `index` (N,) and views `view` (N,).
+def philox_words(
+    index: Tensor, view: Tensor, seed: int, step: int, use: int, num: int, *, first: int = 0
+) -> Tensor:
+    """Draw words `first` .. `first` + `num` - 1, (N, num), int64 in [0, 2**32), for samples `index` and views `view`, (N,).
 
     Raises:
         ValueError: If an index, a view or the step leaves its range.
@@ -34,7 +36,7 @@ def philox_words(index: Tensor, view: Tensor, seed: int, step: int, use: int, nu
                 f"philox_words: {argument} must be in [0, 2**{bits}), got {int(values.min())} to {int(values.max())}. "
                 "Number samples and views from 0."
             )
-    blocks = torch.arange(-(-num // 4), device=index.device, dtype=torch.int64)
+    blocks = torch.arange(first // 4, -(-(first + num) // 4), device=index.device, dtype=torch.int64)
     shape = (index.shape[0], blocks.shape[0])
     c0 = index.to(torch.int64)[:, None].expand(shape)
     c1 = torch.full(shape, step, device=index.device, dtype=torch.int64)
@@ -46,4 +48,4 @@ def philox_words(index: Tensor, view: Tensor, seed: int, step: int, use: int, nu
         high1, low1 = _multiply(c2, MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
         key0, key1 = key0 + WEYL[0] & WORD_MASK, key1 + WEYL[1] & WORD_MASK
-    return torch.stack([c0, c1, c2, c3], dim=-1).reshape(shape[0], 4 * shape[1])[:, :num].contiguous()
+    return torch.stack([c0, c1, c2, c3], dim=-1).reshape(shape[0], 4 * shape[1])[:, first % 4 :][:, :num].contiguous()

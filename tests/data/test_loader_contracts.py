@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from fastskel.data import ClipDataset, Loader, make_synthetic, usdrl_views
-from fastskel.data.identity import dataset_identity
-from fastskel.data.views import CenterCrop, RandomCrop, ViewSpec, normalised
+from fastskel.data.views import CenterCrop, RandomCrop, ViewSpec
 
 VIEWS = usdrl_views(8, num_views=2, min_frames=4)
 
@@ -138,16 +137,6 @@ def test_ranks_make_the_batches_of_one_process(dataset, weights, world_size):
 def test_bad_crops(build, message):
     with pytest.raises(ValueError, match=message):
         build()
-
-
-def test_what_was_normalised_says_so(dataset):
-    centred = normalised(dataset, "center")
-    assert centred.meta["normalisation"] == "center"
-    assert dataset.meta["normalisation"] == "none"
-    assert dataset_identity(centred) != dataset_identity(dataset)
-    # a zero counts as absent: without a pelvis every clip would stay as it is
-    with pytest.raises(ValueError, match="ViewSpec: normalise must be 'none' or a kind of centring"):
-        make(centred, views=[ViewSpec(normalise="align")])
 
 
 def copied(dataset):

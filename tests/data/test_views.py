@@ -20,7 +20,6 @@ from fastskel.data.views import (
     crop_bounds,
     eval_view,
     make_view,
-    normalised,
     usdrl_views,
 )
 from fastskel.philox import words
@@ -291,13 +290,6 @@ class TestMakeView:
         assert (view.clips == 0).all()
         assert view.mask.all()
 
-    @pytest.mark.parametrize("kind", ["center", "center-first", "align"])
-    def test_normalising_before_changes_no_bit(self, kind, memory_dataset):
-        dataset = memory_dataset([9, 20], bodies=2)
-        spec = ViewSpec(frames=8, normalise=kind)
-        cached = make_view(normalised(dataset, kind), ViewSpec(frames=8), [0, 1], 0, 0, 0)
-        assert torch.equal(cached.clips, make_view(dataset, spec, [0, 1], 0, 0, 0).clips)
-
     def test_evaluation_draws_nothing(self, memory_dataset):
         dataset = memory_dataset([9, 70])
         views = [make_view(dataset, eval_view(12, "bone"), [0, 1], seed, seed, seed).clips for seed in (0, 9)]
@@ -359,8 +351,6 @@ class TestErrors:
         message = f"data packed as '{packed}', got '{kind}' for in-memory"
         with pytest.raises(ValueError, match=message):
             make_view(dataset, ViewSpec(normalise=kind), [0], 0, 0, 0)
-        with pytest.raises(ValueError, match=message):
-            normalised(dataset, kind)
         assert make_view(dataset, ViewSpec(normalise="center"), [0], 0, 0, 0).mask.all()
 
     def test_channels(self, memory_dataset):
