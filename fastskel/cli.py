@@ -194,6 +194,7 @@ class EvaluateOptions:
         out: Folder for the results; by default one inside the run, or beside a published file.
         device: cpu, cuda, or auto for a GPU where there is one.
         precision: Compute type of the encoder.
+        average: Evaluate the running average of the weights that the run kept.
         normalise: Normalise clips otherwise than the run did; published files do not say how, none is assumed.
         modality: Stream of a published file, which does not record it; joint is assumed.
         num_head: Attention heads of a published file; 1 is assumed.
@@ -207,6 +208,7 @@ class EvaluateOptions:
     out: Path | None = None
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    average: bool = False
     normalise: Literal["none", "center", "center-first", "align", "align-yaw"] | None = None
     modality: Literal["joint", "bone", "motion"] | None = None
     num_head: int | None = None
@@ -221,12 +223,14 @@ def _encoder(run: Path, dataset: PackedDataset, options: EvaluateOptions) -> tup
     if run.is_file():
         from fastskel.compat.usdrl.checkpoint import load_published_encoder
 
+        if options.average:
+            raise ValueError(f"evaluate: average must be left out, {run} is a published file without one. Leave it out.")
         return load_published_encoder(run, topology=dataset.topology, **given)
     if given:
         raise ValueError(f"evaluate: {', '.join(given)} must be left out, {run} records them. They are for published files.")
     from fastskel.train import load_encoder
 
-    encoder, view, _ = load_encoder(run)
+    encoder, view, _ = load_encoder(run, average=options.average)
     return encoder, view
 
 
@@ -254,6 +258,7 @@ def _evaluate(task: str, run: Path, data: Path, options: EvaluateOptions, **sett
     # other settings, other folder
     shown = [f"k{settings['k']}"] if settings.get("k", 1) != 1 else []
     shown += [options.precision] if options.precision != "fp32" else []
+    shown += ["average"] if options.average else []
     shown += [value for value in (options.normalise, options.modality) if value is not None]
     folder = options.out or base / "-".join([task, parts[0], data.resolve().name, *shown])
     result = (evaluate_knn if task == "knn" else evaluate_linear)(

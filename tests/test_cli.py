@@ -330,7 +330,7 @@ def test_resume(here, capsys, monkeypatch) -> None:
 
 def test_a_stopped_training_is_code_3(here, capsys) -> None:
     command = ["pretrain", "usdrl-demo", "data", *SMALL, "--lr", "1e30", "--out", "wild"]
-    assert refused(capsys, *command, code=3).startswith("stopped: pretrain: the loss must stay finite")
+    assert refused(capsys, *command, code=3).startswith("stopped: pretrain: the loss and its gradient must stay finite")
 
 
 @pytest.mark.parametrize(

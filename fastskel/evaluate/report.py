@@ -41,7 +41,11 @@ NAME_LENGTH = 24
 INK, FAINT = "#222222", "#9aa0a6"
 # logged numbers with a panel of their own, and those that are no term of the loss
 RATES = ("lr", "learning_rate")
-PANELS = {"embedding_std": "deviation of the embeddings", **dict.fromkeys(RATES, "learning rate")}
+PANELS = {
+    "embedding_std": "deviation of the embeddings",
+    "gradient_norm": "norm of the gradient",
+    **dict.fromkeys(RATES, "learning rate"),
+}
 NOT_TERMS = {"loss", "epoch", "samples_per_s", *PANELS}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from fastskel.data.packed import PackedDataset
 from fastskel.data.views import eval_view, usdrl_views
 from fastskel.registry import Registry
-from fastskel.train.stage import Precision, Stage
+from fastskel.train.stage import Optimizer, Precision, Schedule, Stage
 
 __all__ = ["RECIPES", "USDRLRecipe"]
 
@@ -37,10 +38,18 @@ class USDRLRecipe:
         shear: Largest factor of the shear, 1 as published.
         epochs: Passes over the data.
         batch_size: Clips per step, of all processes together.
-        lr: Learning rate of Adam.
-        weight_decay: Coupled L2 weight decay of Adam.
+        optimizer: Optimiser; lamb and lars are for batches of thousands.
+        lr: Learning rate; of batches of `base_batch_size` if it is scaled.
+        lr_scaling: How the learning rate grows with the batch: not at all, linearly, or with its square root.
+        base_batch_size: Clips per step that `lr` is meant for, if it is scaled.
+        weight_decay: Weight decay; added to the gradient by adam, decoupled in adamw.
+        decay_matrices_only: Whether biases and the weights of norms are left out of the decay.
+        clip_norm: Largest norm of the gradient, 0 for any.
+        schedule: Whether the learning rate falls at the milestones or along a cosine.
         milestones: Epochs from which the learning rate is multiplied by 0.1.
+        lr_final: Share of the learning rate that the cosine ends at.
         warmup_steps: Steps over which the learning rate rises linearly.
+        average: Decay per step of a running average of the weights, 0 for none.
         precision: Compute type of encoder and projectors; losses are at least fp32.
         synchronise_norms: BatchNorm of the projectors over all processes instead of over each.
         seed: Key of every random draw.
@@ -67,16 +76,33 @@ class USDRLRecipe:
     shear: float = 1.0
     epochs: int = 451
     batch_size: int = 356
+    optimizer: Optimizer = "adam"
     lr: float = 5e-4
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    base_batch_size: int = 356
     weight_decay: float = 1e-5
+    decay_matrices_only: bool = False
+    clip_norm: float = 0.0
+    schedule: Schedule = "step"
     milestones: tuple[int, ...] = (351,)
+    lr_final: float = 0.0
     warmup_steps: int = 0
+    average: float = 0.0
     precision: Precision = "bf16"
     synchronise_norms: bool = False
     seed: int = 0
     num_threads: int = 1
     checkpoint_steps: int = 0
     log_steps: int = 1
+
+    def scaled_lr(self) -> float:
+        """Learning rate of the recipe's batch size (Goyal et al., 2017, for linear; Krizhevsky, 2014, for sqrt)."""
+        if self.base_batch_size < 1:
+            raise ValueError(
+                f"USDRLRecipe: base_batch_size must be at least 1, got {self.base_batch_size}. Give the batch that lr is for."
+            )
+        growth = self.batch_size / self.base_batch_size
+        return self.lr * {"none": 1.0, "sqrt": math.sqrt(growth), "linear": growth}[self.lr_scaling]
 
     def stages(self, dataset: PackedDataset) -> tuple[Stage, ...]:
         """Return the single stage for a data set of clips (T, M, V, C)."""
@@ -95,9 +121,10 @@ class USDRLRecipe:
             encoder=f"usdrl-{self.encoder}", encoder_options=options,
             objective="mgfd", objective_options={"weighting": self.weighting},
             views=views, eval_view=eval_view(self.frames, self.stream, self.normalise),
-            epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, weight_decay=self.weight_decay,
-            milestones=self.milestones, warmup_steps=self.warmup_steps, precision=self.precision, seed=self.seed,
-            synchronise_norms=self.synchronise_norms,
+            epochs=self.epochs, batch_size=self.batch_size, optimizer=self.optimizer, lr=self.scaled_lr(),
+            weight_decay=self.weight_decay, decay_matrices_only=self.decay_matrices_only, clip_norm=self.clip_norm,
+            schedule=self.schedule, milestones=self.milestones, lr_final=self.lr_final, warmup_steps=self.warmup_steps,
+            average=self.average, precision=self.precision, seed=self.seed, synchronise_norms=self.synchronise_norms,
             num_threads=self.num_threads, checkpoint_steps=self.checkpoint_steps, log_steps=self.log_steps,
         )  # fmt: skip
         return (stage,)
@@ -130,7 +157,7 @@ def usdrl_small() -> USDRLRecipe:
     # batches of 32 instead of 128: what helped most on held-out subjects was more steps at the same cost
     return USDRLRecipe(
         width=128, frames=32, normalise="center-first", crop_low=0.4, crop_min_frames=16, epochs=60, batch_size=32,
-        lr=1e-3, milestones=(48,), warmup_steps=20,
+        base_batch_size=32, lr=1e-3, milestones=(48,), warmup_steps=20,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from fastskel.train.checkpoint import Checkpoint, load_encoder, read_checkpoint
 from fastskel.train.device import choose_device
+from fastskel.train.optimiser import build_optimizer, learning_rate
 from fastskel.train.pretrain import Monitor, pretrain, start
 from fastskel.train.processes import TrainingStopped
 from fastskel.train.record import trained_clips
@@ -13,7 +14,9 @@ __all__ = [
     "Recipe",
     "Stage",
     "TrainingStopped",
+    "build_optimizer",
     "choose_device",
+    "learning_rate",
     "load_encoder",
     "pretrain",
     "read_checkpoint",

@@ -174,15 +174,18 @@ def _eval_view(described: Mapping[str, Any], topology: str) -> ViewSpec:
     return ViewSpec(**{**plain, "topology": topology}, crop=CenterCrop(described["crop"]["ratio"]))
 
 
-def load_encoder(path: str | os.PathLike[str]) -> tuple[Encoder, ViewSpec, Checkpoint]:
+def load_encoder(path: str | os.PathLike[str], *, average: bool = False) -> tuple[Encoder, ViewSpec, Checkpoint]:
     """Rebuild the downstream encoder of a run or checkpoint, in eval mode.
 
+    Args:
+        path: Run or checkpoint folder.
+        average: With the running average of the weights instead of the last ones.
     Returns:
         The encoder of views (N, T, M, V, C), how its views are made, and the checkpoint.
     Raises:
-        ValueError: If the checkpoint is damaged or incomplete, naming the file.
+        ValueError: If the checkpoint is damaged, incomplete, or without the average, naming the file.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint, part = read_checkpoint(path), "average" if average else "encoder"
     try:
         described = checkpoint.state["encoder"]
         encoder = ENCODERS[described["name"]](**described["config"])
@@ -192,6 +195,11 @@ def load_encoder(path: str | os.PathLike[str]) -> tuple[Encoder, ViewSpec, Check
             f"load_encoder: {checkpoint.path / STATE_FILE} must describe the encoder and its view, got {error!r}. "
             "Use another checkpoint."
         ) from error
-    own = {name: value for name, value in checkpoint.model.items() if name.startswith("encoder.")}
-    load_weights({"encoder": encoder}, own, checkpoint.path / MODEL_FILE)
+    own = {name: value for name, value in checkpoint.model.items() if name.startswith(f"{part}.")}
+    if average and not own:
+        raise ValueError(
+            f"load_encoder: {checkpoint.path / MODEL_FILE} must hold a running average, got none. Train with the setting "
+            "average, or take the last weights."
+        )
+    load_weights({part: encoder}, own, checkpoint.path / MODEL_FILE)
     return encoder.eval(), view, checkpoint

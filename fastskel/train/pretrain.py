@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastskel.data.batch import Batch
 from fastskel.data.loader import Loader
@@ -33,6 +33,7 @@ from fastskel.train.checkpoint import (
     save_checkpoint,
     weights,
 )
+from fastskel.train.optimiser import Average, build_optimizer, learning_rate
 from fastskel.train.processes import Forward, TrainingStopped, check_alike, join, mean_deviation, on_first, processes
 from fastskel.train.record import create_record, note_resumed, origin, resume_record, run_identity
 from fastskel.train.runlog import RunLog
@@ -56,9 +57,10 @@ class _Run:
     stage: Stage
     encoder: Encoder
     objective: Objective
-    optimizer: torch.optim.Adam
+    optimizer: torch.optim.Optimizer
     loader: Loader
     step: int = 0
+    average: Average | None = None
     # what a checkpoint is read into comes first, then the processes share it
     forward: Forward = field(init=False)
 
@@ -67,17 +69,30 @@ class _Run:
         return self.stage.epochs * len(self.loader)
 
     @property
-    def modules(self) -> dict[str, torch.nn.Module]:
-        return {"encoder": self.encoder, "objective": self.objective}
+    def modules(self) -> dict[str, nn.Module]:
+        kept = {"average": self.average.encoder} if self.average is not None else {}
+        return {"encoder": self.encoder, "objective": self.objective, **kept}
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the step that is next, or is being taken."""
+        return learning_rate(self.stage, self.loader.epoch, self.step, self.total_steps)
 
     def parameter_names(self) -> list[str]:
         names = {id(p): f"{m}.{n}" for m, module in self.modules.items() for n, p in module.named_parameters()}
         return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         state = self.optimizer.state_dict()["state"]
         return {
-            f"{n}/{kind}": v for i, n in enumerate(self.parameter_names()) if i in state for kind, v in state[i].items()
+            f"{n}/{kind}": v
+            for i, n in enumerate(self.parameter_names())
+            if i in state
+            for kind, v in state[i].items()
+            if isinstance(v, Tensor)
         }
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -114,7 +129,7 @@ class _Run:
     def save(self, folder: Path) -> Path:
         # of the next step: the loader's own epoch turns only when it is asked for the next batch
         stage, position = self.stage, self.loader.state_dict()
-        lr = stage.lr_at(position["epoch"], self.step)
+        lr = learning_rate(stage, position["epoch"], self.step, self.total_steps)
         if not all(bool(value.isfinite().all()) for value in weights(self.modules).values()):
             raise TrainingStopped(
                 f"pretrain: weights must stay finite, got others after step {self.step - 1}; they were not saved. "
@@ -123,7 +138,7 @@ class _Run:
         state = {
             "encoder": {"name": stage.encoder, "config": self.encoder.config},
             "objective": {"name": stage.objective, "options": stage.objective_options},
-            "optimizer": {"lr": lr, "weight_decay": stage.weight_decay},
+            "optimizer": {"name": stage.optimizer, "lr": lr, "weight_decay": stage.weight_decay},
             "eval_view": stage.eval_view,
             "topology": self.loader.dataset.topology.name,
             "loader": position,
@@ -160,29 +175,36 @@ def _build(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | No
     encoder, objective = start(stage)
     encoder.to(device).train()
     objective.to(device).train()
-    optimizer = torch.optim.Adam(
-        objective.param_groups(encoder), lr=stage.lr, weight_decay=stage.weight_decay, fused=True
-    )
+    optimizer = build_optimizer(stage, objective.param_groups(encoder))
+    average = Average(encoder, stage.average) if stage.average else None
     loader = Loader(
         dataset, views=objective.views, batch_size=stage.batch_size // world, seed=stage.seed, num_threads=stage.num_threads,
         indices=indices, rank=rank, world_size=world, device=device,
     )  # fmt: skip
-    return _Run(stage, encoder, objective, optimizer, loader)
+    return _Run(stage, encoder, objective, optimizer, loader, average=average)
 
 
-def _train_step(run: _Run, batch: Batch, device: torch.device, progress: float) -> tuple[Terms, dict[str, Tensor]]:
+def _train_step(
+    run: _Run, batch: Batch, device: torch.device, progress: float
+) -> tuple[Terms, dict[str, Tensor], Tensor]:
+    """Take the gradient of a batch of (N, T, M, V, C) views; return terms, embeddings (W, N, D), and its norm, ()."""
     batch = batch.at(run.stage.seed, run.step)
     for group in run.optimizer.param_groups:
-        group["lr"] = run.stage.lr_at(run.loader.epoch, run.step)
+        group["lr"] = run.lr
     with torch.autocast(device.type, torch.bfloat16, enabled=run.stage.precision == "bf16"):
         terms, embeddings = run.forward(batch, progress)
     run.optimizer.zero_grad(set_to_none=True)
     terms.total.backward()  # type: ignore[no-untyped-call]
-    return terms, embeddings
+    parameters = run.parameters()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if run.stage.clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, run.stage.clip_norm, norm)
+    return terms, embeddings, norm
 
 
-def _figures(terms: Terms, embeddings: Mapping[str, Tensor]) -> dict[str, float]:
-    named = {"loss": terms.total.detach(), "embedding_std": mean_deviation(embeddings), **terms.terms}
+def _figures(terms: Terms, embeddings: Mapping[str, Tensor], norm: Tensor) -> dict[str, float]:
+    shared = {"embedding_std": mean_deviation(embeddings), "gradient_norm": norm}
+    named = {"loss": terms.total.detach(), **shared, **terms.terms}
     values = torch.stack([value.double() for value in named.values()])
     _, world = rank_and_world()
     # the same bits in all processes: they decide together whether to go on
@@ -205,15 +227,16 @@ def _check(figures: Mapping[str, float], run: _Run, batch: Batch, lr: float) -> 
             f"{run.step}: collapsed. Check that the clips differ; start a new run with a lower lr (now {lr:g}) or a larger "
             "batch."
         )
-    if not math.isfinite(figures["loss"]):
+    bad = [name for name, value in figures.items() if not math.isfinite(value)]
+    if bad:
         spoilt = ~torch.stack([view.clips.isfinite().flatten(1).all(1) for view in batch.views]).all(0)
         marked = torch.where(spoilt.cpu(), batch.index, -1).tolist()
         # ranks took turns in the order of the batch
         turns = zip(*exchange(marked, spoilt.device), strict=True)
         names = [str(run.loader.dataset.names[number]) for turn in turns for number in turn if number >= 0]
-        bad = [name for name, value in figures.items() if not math.isfinite(value)]
         raise TrainingStopped(
-            f"pretrain: the loss must stay finite, got {figures['loss']} at step {run.step} (not finite: {', '.join(bad)}). "
+            f"pretrain: the loss and its gradient must stay finite, got {figures['loss']} at step {run.step} "
+            f"(not finite: {', '.join(bad)}). "
             + (f"The clips {names[:3]} hold NaN or infinity: pack the data anew." if names else _advice(lr))
         )
 
@@ -243,15 +266,17 @@ def _train(
         # told again where a run resumes within an epoch: what it does depends on the epoch alone
         run.objective.epoch_start(epoch)
         for batch in run.loader:
-            terms, embeddings = _train_step(run, batch, device, run.step / total)
+            terms, embeddings, norm = _train_step(run, batch, device, run.step / total)
             if run.step % stage.log_steps == 0 or run.step + 1 == total:
-                figures, lr = _figures(terms, embeddings), stage.lr_at(epoch, run.step)
+                figures, lr = _figures(terms, embeddings, norm), run.lr
                 _check(figures, run, batch, lr)
                 rate = stage.batch_size * (run.step - first + 1) / (time.perf_counter() - started)
                 if log is not None:
                     log.write({"step": run.step, "epoch": epoch, "lr": lr, "samples_per_s": round(rate, 2), **figures})
                 bar.set_postfix(loss=f"{figures['loss']:.3f}", samples_per_s=f"{rate:.0f}", refresh=False)
             run.optimizer.step()
+            if run.average is not None:
+                run.average.update(run.encoder, run.step)
             run.objective.after_step()
             run.step += 1
             bar.update()

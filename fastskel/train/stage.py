@@ -6,14 +6,16 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from fastskel.data.packed import PackedDataset
 from fastskel.data.views import CenterCrop, ViewSpec
 
-__all__ = ["Precision", "Recipe", "Stage", "describe"]
+__all__ = ["Optimizer", "Precision", "Recipe", "Schedule", "Stage", "describe"]
 
 Precision = Literal["fp32", "bf16"]
+Optimizer = Literal["adam", "adamw", "lamb", "lars"]
+Schedule = Literal["step", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,17 @@ class Stage:
         eval_view: How downstream tasks make their one view.
         epochs: Passes over the data.
         batch_size: Samples N per step, of all processes together.
-        lr: Learning rate of Adam.
-        weight_decay: Coupled L2 weight decay of Adam, on every parameter.
-        milestones: Epochs from which the learning rate is multiplied by `lr_factor`, once each.
+        optimizer: adam, adamw, lamb or lars.
+        lr: Learning rate.
+        weight_decay: Weight decay: coupled in adam, decoupled in adamw, inside of the scaled update in lamb and lars.
+        decay_matrices_only: Whether biases and the weights of norms are left out of the decay.
+        clip_norm: Largest L2 norm of all gradients together, longer ones are scaled down to it; 0 leaves them.
+        schedule: step: the learning rate falls at the milestones; cosine: along half a cosine over what follows the warm-up.
+        milestones: Epochs from which the learning rate is multiplied by `lr_factor`, once each; of the schedule step.
         lr_factor: Factor at each milestone.
+        lr_final: Share of `lr` that the schedule cosine ends at.
         warmup_steps: Steps over which the learning rate rises linearly to `lr`; 0 starts there.
+        average: Decay per step of a running average of the encoder's weights, kept in every checkpoint; 0 keeps none.
         precision: Compute type of the encoder and projectors; losses are always at least fp32.
         synchronise_norms: Whether the objective's BatchNorm takes its statistics over the samples of all processes, so that
             their number changes nothing; else over those of each process.
@@ -52,11 +60,17 @@ class Stage:
     objective_options: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 451
     batch_size: int = 356
+    optimizer: Optimizer = "adam"
     lr: float = 5e-4
     weight_decay: float = 1e-5
+    decay_matrices_only: bool = False
+    clip_norm: float = 0.0
+    schedule: Schedule = "step"
     milestones: tuple[int, ...] = (351,)
     lr_factor: float = 0.1
+    lr_final: float = 0.0
     warmup_steps: int = 0
+    average: float = 0.0
     precision: Precision = "fp32"
     synchronise_norms: bool = False
     seed: int = 0
@@ -82,13 +96,17 @@ class Stage:
             raise ValueError(f"Stage: milestones must be epochs from 1 on, got {self.milestones}. Leave the others out.")
         if self.eval_view.transforms or not isinstance(self.eval_view.crop, CenterCrop):
             raise ValueError("Stage: eval_view must draw nothing, got a random one. Use fastskel.data.eval_view.")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"Stage: precision must be fp32 or bf16, got {self.precision!r}. Choose one.")
-
-    def lr_at(self, epoch: int, step: int) -> float:
-        """Learning rate of a step, as a function of its address alone."""
-        warmth = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return self.lr * warmth * self.lr_factor ** sum(epoch >= milestone for milestone in self.milestones)
+        if not (0 <= self.clip_norm < math.inf and 0 <= self.lr_final <= 1 and 0 <= self.average < 1):
+            raise ValueError(
+                "Stage: clip_norm must be finite and not negative, lr_final in [0, 1] and average in [0, 1), "
+                f"got {self.clip_norm}, {self.lr_final} and {self.average}. Fix them."
+            )
+        kinds = (("precision", Precision), ("optimizer", Optimizer), ("schedule", Schedule))
+        for name, kind in kinds:
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"Stage: {name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}. Choose one."
+                )
 
 
 class Recipe(Protocol):

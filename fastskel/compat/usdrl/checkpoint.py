@@ -294,7 +294,11 @@ def export(
             f"export: the file records neither normalise={view['normalise']} nor modality={view['stream']}: give the same to "
             "whatever reads it"
         )
-    optimizer = torch.optim.Adam(model.parameters(), **checkpoint.state["optimizer"]).state_dict()
+    settings = dict(checkpoint.state["optimizer"])
+    # checkpoints of older versions were all made with it and do not say so
+    if (name := settings.pop("name", "adam")) != "adam":
+        raise ValueError(f"export: {run} must be trained with adam, as the reference is, got {name}. Export another run.")
+    optimizer = torch.optim.Adam(model.parameters(), **settings).state_dict()
     for number, (name, _) in enumerate(model.named_parameters()):
         kinds = ("step", "exp_avg", "exp_avg_sq")
         optimizer["state"][number] = {kind: checkpoint.optimizer[f"{_native_name(name)}/{kind}"] for kind in kinds}
