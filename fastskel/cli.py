@@ -135,6 +135,7 @@ def _pretrain_command(name: str, make_recipe: Callable[[], USDRLRecipe]) -> Comm
         protocol: str | None = None,
         split_file: Path | None = None,
         resume: bool = False,
+        resume_if_started: bool = False,
         device: str = "auto",
         threads: int | None = None,
         tensorboard: bool = False,
@@ -159,7 +160,7 @@ def _pretrain_command(name: str, make_recipe: Callable[[], USDRLRecipe]) -> Comm
         checkpoint = train(
             stages[0], dataset, folder, indices=None if parts is None else parts[1].train,
             recipe={"name": name, "protocol": None if parts is None else parts[0], **asdict(recipe)},
-            resume=resume, device=device, tensorboard=tensorboard, progress=not quiet,
+            resume="if-started" if resume_if_started else resume, device=device, tensorboard=tensorboard, progress=not quiet,
         )  # fmt: skip
         # once for all processes that torchrun started
         if os.environ.get("RANK", "0") == "0":
@@ -175,6 +176,7 @@ def _pretrain_command(name: str, make_recipe: Callable[[], USDRLRecipe]) -> Comm
         protocol: Train on the training part of this protocol; by default on all clips.
         split_file: Train on the training part of this JSON file of clip names or numbers under train and test.
         resume: Go on from the newest checkpoint of the run, bit for bit; all other settings must be the run's.
+        resume_if_started: Resume, or begin where there is no run yet: for a job that a cluster may start again.
         device: cpu, cuda, or auto for a GPU where there is one; of several processes each takes one.
         threads: Threads that compute on the CPU; by default as many as it has cores.
         tensorboard: Log to TensorBoard too; the JSON log is always written.
@@ -400,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 1 if a check found something; 2 after an error that a user can mend, in one line on standard error; 3 if a
-        training stopped; 130 after Ctrl-C.
+        training stopped; 75 if a signal asked a training to stop and it was saved; 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -421,12 +423,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        from fastskel.train import TrainingStopped
+        from fastskel.train import Preempted, TrainingStopped
 
-        if not isinstance(error, TrainingStopped):
+        if not isinstance(error, (Preempted, TrainingStopped)):
             raise
         print(f"stopped: {error}", file=sys.stderr)
-        return 3
+        # sysexits.h calls 75 a temporary failure: try again
+        return 75 if isinstance(error, Preempted) else 3
     except KeyboardInterrupt:
         again = "; it goes on with --resume" if arguments[0] == "pretrain" else ""
         print(f"interrupted{again}", file=sys.stderr)

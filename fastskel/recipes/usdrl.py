@@ -55,6 +55,7 @@ class USDRLRecipe:
         seed: Key of every random draw.
         num_threads: Loader threads; batches do not depend on it.
         checkpoint_steps: Steps between checkpoints, 0 for one per epoch.
+        keep_checkpoints: Newest checkpoints that are kept.
         log_steps: Steps between log records.
     """
 
@@ -93,6 +94,7 @@ class USDRLRecipe:
     seed: int = 0
     num_threads: int = 1
     checkpoint_steps: int = 0
+    keep_checkpoints: int = 2
     log_steps: int = 1
 
     def scaled_lr(self) -> float:
@@ -125,7 +127,8 @@ class USDRLRecipe:
             weight_decay=self.weight_decay, decay_matrices_only=self.decay_matrices_only, clip_norm=self.clip_norm,
             schedule=self.schedule, milestones=self.milestones, lr_final=self.lr_final, warmup_steps=self.warmup_steps,
             average=self.average, precision=self.precision, seed=self.seed, synchronise_norms=self.synchronise_norms,
-            num_threads=self.num_threads, checkpoint_steps=self.checkpoint_steps, log_steps=self.log_steps,
+            num_threads=self.num_threads, checkpoint_steps=self.checkpoint_steps, keep_checkpoints=self.keep_checkpoints,
+            log_steps=self.log_steps,
         )  # fmt: skip
         return (stage,)
 

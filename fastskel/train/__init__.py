@@ -3,6 +3,7 @@
 from fastskel.train.checkpoint import Checkpoint, load_encoder, read_checkpoint
 from fastskel.train.device import choose_device
 from fastskel.train.optimiser import build_optimizer, learning_rate
+from fastskel.train.preemption import Preempted
 from fastskel.train.pretrain import Monitor, pretrain, start
 from fastskel.train.processes import TrainingStopped
 from fastskel.train.record import trained_clips
@@ -11,6 +12,7 @@ from fastskel.train.stage import Recipe, Stage
 __all__ = [
     "Checkpoint",
     "Monitor",
+    "Preempted",
     "Recipe",
     "Stage",
     "TrainingStopped",

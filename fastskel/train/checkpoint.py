@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ __all__ = [
     "read_checkpoint",
     "save_checkpoint",
     "weights",
+    "write_checkpoint",
 ]
 
 FORMAT_VERSION = 1
@@ -91,17 +93,40 @@ def save_checkpoint(
     optimizer: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write one checkpoint under `folder`; it appears complete, under its step's name, or not at all."""
-    target = folder / f"step-{step:09d}"
+    return write_checkpoint(folder, step, weights(modules), state, optimizer)
+
+
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    model: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    optimizer: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write a checkpoint of named tensors, of any shape, as `save_checkpoint` does."""
+    target = folder / _name(step)
     if target.exists():
         _remove(target)
     with atomic_folder(target) as scratch:
-        tensors = {name: value.cpu().contiguous() for name, value in weights(modules).items()}
-        save_file(tensors, scratch / MODEL_FILE)
-        if optimizer is not None:
-            save_file({name: value.cpu().contiguous() for name, value in optimizer.items()}, scratch / OPTIMIZER_FILE)
-        text = json.dumps({"format_version": FORMAT_VERSION, "step": step, **describe(state)}, indent=1)
+        for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
+            if tensors is not None:
+                save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, scratch / name)
+        sums = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
+        text = json.dumps({"format_version": FORMAT_VERSION, "step": step, "checksums": sums, **describe(state)}, indent=1)
         (scratch / STATE_FILE).write_text(text)
     return target
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
 
 
 def newest(run: Path) -> Path | None:
@@ -118,21 +143,23 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the last `keep` checkpoints of a run, and what killed writers left."""
+def prune(run: Path, keep: int, best: int | None = None) -> None:
+    """Remove all but the last `keep` checkpoints of a run and that of step `best`, and what killed writers left."""
     folder = run / "checkpoints"
     for stale in sorted(folder.glob("step-*"))[:-keep]:
-        _remove(stale)
+        if best is None or stale.name != _name(best):
+            _remove(stale)
     for scratch in folder.glob(".*"):
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def read_checkpoint(path: str | os.PathLike[str], *, optimizer: bool = False) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], *, optimizer: bool = False, best: bool = False) -> Checkpoint:
     """Read a native checkpoint from its folder, or the newest one of a run folder.
 
     Args:
         path: Checkpoint or run folder.
         optimizer: Whether to read the optimiser's tensors too.
+        best: Of a run that kept its best checkpoint, that one.
     Raises:
         ValueError: If there is no complete checkpoint, or a file is damaged or of another version, naming the file.
     """
@@ -143,8 +170,32 @@ def read_checkpoint(path: str | os.PathLike[str], *, optimizer: bool = False) ->
             f"read_checkpoint: path must be a run or checkpoint folder, got {given} without {STATE_FILE}. "
             "Give the folder that `fastskel pretrain` wrote."
         )
+    state = _read_state(folder)
+    if best:
+        if not (kept := state.get("best")):
+            raise ValueError(
+                f"read_checkpoint: {folder / STATE_FILE} must name the run's best checkpoint, got none. Train with keep_best."
+            )
+        folder = folder.with_name(_name(kept["step"]))
+        state = _read_state(folder)
+    tensors: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}, OPTIMIZER_FILE: {}}
+    for name in (MODEL_FILE, OPTIMIZER_FILE) if optimizer else (MODEL_FILE,):
+        try:
+            # checkpoints of older versions have none
+            if (expected := state.get("checksums", {}).get(name)) and (found := _sha256(folder / name)) != expected:
+                raise ValueError(f"sha256 {found[:12]}.. instead of {expected[:12]}..")
+            tensors[name] = load_file(folder / name)
+        except Exception as error:
+            # safetensors raises its own type for damaged files and OSError for missing ones: both say the same here
+            raise ValueError(
+                f"read_checkpoint: {folder / name} must be the safetensors that were saved, got {error}. Use another one."
+            ) from error
+    return Checkpoint(folder, state, tensors[MODEL_FILE], tensors[OPTIMIZER_FILE])
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
     try:
-        state = json.loads((folder / STATE_FILE).read_text())
+        state: Any = json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
             f"read_checkpoint: {folder / STATE_FILE} must be JSON, got {error}. Use another checkpoint."
@@ -155,16 +206,8 @@ def read_checkpoint(path: str | os.PathLike[str], *, optimizer: bool = False) ->
             f"read_checkpoint: {folder / STATE_FILE} must have format_version {FORMAT_VERSION}, got {version}. "
             "Use the fastskel version that wrote it."
         )
-    tensors: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}, OPTIMIZER_FILE: {}}
-    for name in (MODEL_FILE, OPTIMIZER_FILE) if optimizer else (MODEL_FILE,):
-        try:
-            tensors[name] = load_file(folder / name)
-        except Exception as error:
-            # safetensors raises its own type for damaged files and OSError for missing ones: both say the same here
-            raise ValueError(
-                f"read_checkpoint: {folder / name} must be safetensors, got {error}. Use another one."
-            ) from error
-    return Checkpoint(folder, state, tensors[MODEL_FILE], tensors[OPTIMIZER_FILE])
+    assert isinstance(state, dict)
+    return state
 
 
 def _eval_view(described: Mapping[str, Any], topology: str) -> ViewSpec:

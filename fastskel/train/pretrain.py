@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,25 +24,17 @@ from fastskel.data.packed import PackedDataset
 from fastskel.dist import all_reduce_sum, exchange, rank_and_world
 from fastskel.models.encoder import ENCODERS, Encoder
 from fastskel.objectives.objective import OBJECTIVES, Objective, Terms
-from fastskel.train.checkpoint import (
-    Checkpoint,
-    load_weights,
-    newest,
-    prune,
-    read_checkpoint,
-    save_checkpoint,
-    weights,
-)
+from fastskel.train.checkpoint import Checkpoint, load_weights, newest, read_checkpoint, weights
+from fastskel.train.checkpoint_writer import CheckpointWriter
 from fastskel.train.optimiser import Average, build_optimizer, learning_rate
+from fastskel.train.preemption import Preempted, StopRequest, stop_on_signals
 from fastskel.train.processes import Forward, TrainingStopped, check_alike, join, mean_deviation, on_first, processes
-from fastskel.train.record import create_record, note_resumed, origin, resume_record, run_identity
+from fastskel.train.record import create_record, has_record, note_resumed, origin, resume_record, run_identity
 from fastskel.train.runlog import RunLog
 from fastskel.train.stage import Stage, describe
 
-__all__ = ["Monitor", "TrainingStopped", "pretrain", "start"]
+__all__ = ["Monitor", "Preempted", "TrainingStopped", "pretrain", "start"]
 
-# checkpoints kept per run: the newest, and one before it in case the disk damages the newest
-KEPT_CHECKPOINTS = 2
 # below this mean deviation over the batch all embeddings are one point: nothing is left to learn from
 COLLAPSED_DEVIATION = 1e-5
 
@@ -61,6 +53,8 @@ class _Run:
     loader: Loader
     step: int = 0
     average: Average | None = None
+    # figure, value and step of the best checkpoint
+    best: dict[str, Any] | None = None
     # what a checkpoint is read into comes first, then the processes share it
     forward: Forward = field(init=False)
 
@@ -114,7 +108,7 @@ class _Run:
         load_weights(self.modules, checkpoint.model, checkpoint.path)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.loader.load_state_dict(self._own_position(checkpoint))
-        self.step = checkpoint.state["step"]
+        self.step, self.best = checkpoint.state["step"], checkpoint.state.get("best")
 
     def _own_position(self, checkpoint: Checkpoint) -> dict[str, int]:
         """Where the loader of any number of processes stood, for this one: positions count batches of all processes."""
@@ -126,7 +120,7 @@ class _Run:
             )
         return {**stored, "batch_size": own.batch_size, "world_size": own.world_size}
 
-    def save(self, folder: Path) -> Path:
+    def save(self, writer: CheckpointWriter) -> Path:
         # of the next step: the loader's own epoch turns only when it is asked for the next batch
         stage, position = self.stage, self.loader.state_dict()
         lr = learning_rate(stage, position["epoch"], self.step, self.total_steps)
@@ -144,10 +138,22 @@ class _Run:
             "loader": position,
             "epoch": position["epoch"],
             "total_steps": self.total_steps,
+            "best": self.best,
         }
-        path = save_checkpoint(folder / "checkpoints", self.step, self.modules, state, self.optimizer_tensors())
-        prune(folder, KEPT_CHECKPOINTS)
-        return path
+        return writer.save(self.step, weights(self.modules), self.optimizer_tensors(), state)
+
+    def is_best(self, figures: Mapping[str, float], step: int) -> bool:
+        """Whether this epoch's figures are better than any before; remembers them if so."""
+        name = self.stage.keep_best.removeprefix("-")
+        if name not in figures:
+            raise ValueError(f"pretrain: keep_best must be one of the monitors' {sorted(figures)}, got {name!r}. Name one.")
+        sign = -1 if self.stage.keep_best.startswith("-") else 1
+        before = self.best if self.best is not None and self.best["figure"] == self.stage.keep_best else None
+        # written so that NaN is never best
+        if not (before is None or sign * figures[name] > sign * before["value"]) or math.isnan(figures[name]):
+            return False
+        self.best = {"figure": self.stage.keep_best, "value": figures[name], "step": step}
+        return True
 
 
 def start(stage: Stage) -> tuple[Encoder, Objective]:
@@ -250,14 +256,23 @@ def _monitored(run: _Run, monitors: Sequence[Monitor], epoch: int) -> dict[str, 
     return figures
 
 
-def _saved(run: _Run, folder: Path, log: RunLog | None) -> Path:
-    assert log is not None
+def _saved(run: _Run, writer: CheckpointWriter | None, log: RunLog | None, complete: bool) -> Path:
+    assert log is not None and writer is not None
     log.sync()
-    return run.save(folder)
+    path = run.save(writer)
+    if complete:
+        writer.wait()
+    return path
 
 
 def _train(
-    run: _Run, folder: Path, device: torch.device, monitors: Sequence[Monitor], log: RunLog | None, bar: Any
+    run: _Run,
+    writer: CheckpointWriter | None,
+    device: torch.device,
+    monitors: Sequence[Monitor],
+    log: RunLog | None,
+    request: StopRequest,
+    bar: Any,
 ) -> Path:
     stage, total, first, started = run.stage, run.total_steps, run.step, time.perf_counter()
     every = stage.checkpoint_steps or len(run.loader)
@@ -280,15 +295,24 @@ def _train(
             run.objective.after_step()
             run.step += 1
             bar.update()
+            due = run.step % every == 0 or run.step == total
             # before the checkpoint: a run that resumes after it does not come back to read this epoch
             if monitors and run.step % len(run.loader) == 0:
                 read = on_first(functools.partial(_monitored, run, monitors, epoch))
                 if log is not None and read:
                     log.write({"step": run.step - 1, "epoch": epoch, **read})
-            if run.step % every == 0 or run.step == total:
-                checkpoint = on_first(lambda: _saved(run, folder, log))
+                due |= bool(stage.keep_best) and run.is_best(read, run.step)
+            asked = request.anywhere()
+            if due or asked:
+                last = asked or run.step == total
+                checkpoint = on_first(functools.partial(_saved, run, writer, log, last))
             if run.step == total:
                 return checkpoint
+            if asked:
+                raise Preempted(
+                    f"pretrain: asked to stop by {request.signal or 'a signal to another process'}; saved {checkpoint}. "
+                    "Resume the run to go on."
+                )
 
 
 def pretrain(
@@ -298,7 +322,7 @@ def pretrain(
     *,
     indices: NDArray[np.int64] | None = None,
     recipe: Mapping[str, Any] | None = None,
-    resume: bool = False,
+    resume: bool | Literal["if-started"] = False,
     monitors: Sequence[Monitor] = (),
     device: str = "auto",
     tensorboard: bool = False,
@@ -315,7 +339,8 @@ def pretrain(
         out: Run folder; new, or with `resume` the one of the stopped run.
         indices: Samples to train on, (n,); None is all of them.
         recipe: The recipe's own settings, for the run's record.
-        resume: Go on from the newest checkpoint, bit for bit as if the run had not stopped.
+        resume: Go on from the newest checkpoint, bit for bit as if the run had not stopped; "if-started" begins where there is
+            no run yet, for jobs that are started again whatever happened.
         monitors: Called at the end of each epoch; what they return is logged.
         device: `"auto"` takes a GPU where there is one.
         tensorboard: Log to TensorBoard too.
@@ -325,9 +350,12 @@ def pretrain(
     Raises:
         ValueError: On settings, data or folders that cannot be used.
         TrainingStopped: If the loss is not finite, the embeddings have collapsed, or another process failed.
+        Preempted: If SIGTERM or SIGUSR1 asked for it; a checkpoint was saved.
     """
-    with processes(device) as place:
-        return _pretrain(stage, dataset, Path(out), place, indices, recipe, resume, monitors, tensorboard, progress)
+    folder = Path(out)
+    with processes(device) as place, stop_on_signals() as request:
+        begun = on_first(lambda: has_record(folder)) if resume == "if-started" else resume
+        return _pretrain(stage, dataset, folder, place, indices, recipe, begun, monitors, tensorboard, progress, request)
 
 
 def _resumed(folder: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any], Checkpoint | None]:
@@ -350,9 +378,12 @@ def _pretrain(
     monitors: Sequence[Monitor],
     tensorboard: bool,
     progress: bool,
+    request: StopRequest,
 ) -> Path:
     from tqdm import tqdm
 
+    if stage.keep_best and not monitors:
+        raise ValueError(f"pretrain: monitors must be given for keep_best {stage.keep_best!r}, got none. Pass what reads it.")
     first = rank_and_world()[0] == 0
     run = _build(stage, dataset, indices, place)
     identity = run_identity(stage, dataset, indices)
@@ -374,12 +405,13 @@ def _pretrain(
         run.forward = join(run.encoder, run.objective, synchronise_norms=stage.synchronise_norms)
         with (
             contextlib.closing(RunLog(folder, run.step, tensorboard)) if first else contextlib.nullcontext() as log,
+            CheckpointWriter(folder, stage.keep_checkpoints) if first else contextlib.nullcontext() as writer,
             tqdm(
                 total=run.total_steps, initial=run.step, desc=stage.name, unit="step", disable=not (progress and first),
                 dynamic_ncols=True,
             ) as bar,
         ):  # fmt: skip
-            return _train(run, folder, place, monitors, log, bar)
+            return _train(run, writer, place, monitors, log, request, bar)
     except ValueError:
         # refused before it did anything: the corrected run may have the folder
         if run.step == 0 and not resume and first:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -21,6 +22,7 @@ from fastskel.models.encoder import Encoder
 from fastskel.nn.grouped_norm import uses_batch_statistics
 from fastskel.objectives.objective import Objective, Terms
 from fastskel.train.device import choose_device
+from fastskel.train.preemption import Preempted
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -119,6 +121,38 @@ def _end(error: BaseException, store: Store, rank: int, world: int) -> NoReturn:
     raise error
 
 
+def _own_round(store: Store, rank: int, world: int) -> Store:
+    """Agree on a part of the store that no earlier process wrote to.
+
+    torchrun keeps one store over its restarts: who starts first would find the addresses of processes that are gone. Restarts
+    are counted by each machine for itself, so the count cannot tell rounds apart. Rank 0 names the round, and answers
+    every greeting until all have heard of it; a greeting that was left behind is answered in vain.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"fastskel-greeting/{rank}", own)
+        name = store.get(f"fastskel-answer/{own}").decode()
+        store.set(f"{name}/heard/{rank}", "")
+        return PrefixStore(name, store)
+    name, end = f"fastskel-round/{own}", time.monotonic() + TIMEOUT.total_seconds()
+    waiting = set(range(1, world))
+    while waiting:
+        for other in list(waiting):
+            if store.check([f"{name}/heard/{other}"]):
+                waiting.discard(other)
+            elif store.check([f"fastskel-greeting/{other}"]):
+                store.set(f"fastskel-answer/{store.get(f'fastskel-greeting/{other}').decode()}", name)
+        if time.monotonic() > end:
+            raise TrainingStopped(
+                f"pretrain: all {world} processes must start, got none of ranks {sorted(waiting)} within {TIMEOUT}. "
+                "Look at what they printed."
+            )
+        time.sleep(0.02)
+    return PrefixStore(name, store)
+
+
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[torch.device]:
     """Set up the processes that torchrun started, and take them down again: gloo on CPUs, nccl on GPUs, one for each process.
@@ -142,12 +176,18 @@ def processes(device: str) -> Iterator[torch.device]:
     local_rank, world = ours
     place = _own_device(device, local_rank)
     store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+    store = _own_round(store, rank, world)
     backend = "nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         yield place
         # none may close a connection that another still reads
         dist.barrier()
+    except Preempted:
+        # all stop after the same step
+        dist.barrier()
+        dist.destroy_process_group()
+        raise
     except BaseException as error:
         _end(error, store, rank, world)
     dist.destroy_process_group()

@@ -20,11 +20,11 @@ from fastskel.dist import rank_and_world
 from fastskel.provenance import provenance
 from fastskel.train.stage import Stage, describe
 
-__all__ = ["create_record", "note_resumed", "origin", "resume_record", "run_identity", "trained_clips"]
+__all__ = ["create_record", "has_record", "note_resumed", "origin", "resume_record", "run_identity", "trained_clips"]
 
 CONFIG_FILE, INDICES_FILE = "config.json", "indices.npy"
 # settings that change neither weights nor log records of a step: a resumed run may have others
-FREE_SETTINGS = ("num_threads", "checkpoint_steps", "log_steps", "name")
+FREE_SETTINGS = ("num_threads", "checkpoint_steps", "keep_checkpoints", "keep_best", "log_steps", "name")
 # what the bits of a training depend on beside its configuration
 MACHINE = ("device", "processes", "threads", "versions")
 
@@ -50,6 +50,11 @@ def run_identity(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64
         json.dumps({"stage": kept, "data": dataset_identity(dataset), "indices": chosen})
     )
     return identity
+
+
+def has_record(folder: Path) -> bool:
+    """Whether a run has begun in a folder."""
+    return (folder / CONFIG_FILE).exists()
 
 
 def create_record(folder: Path, config: Mapping[str, Any], indices: NDArray[np.int64] | None) -> None:

@@ -48,6 +48,9 @@ class Stage:
         seed: Key of every random draw.
         num_threads: Loader threads; batches do not depend on it.
         checkpoint_steps: Steps between checkpoints; 0 makes one at the end of each epoch.
+        keep_checkpoints: Newest checkpoints that are kept.
+        keep_best: Figure of a monitor; the checkpoint of the epoch where it is largest is kept too. With a minus before its name
+            where it is smallest.
         log_steps: Steps between log records.
         name: What the progress bar calls it.
     """
@@ -76,11 +79,15 @@ class Stage:
     seed: int = 0
     num_threads: int = 1
     checkpoint_steps: int = 0
+    keep_checkpoints: int = 2
+    keep_best: str = ""
     log_steps: int = 1
     name: str = "pretrain"
 
     def __post_init__(self) -> None:
-        limits = {"epochs": 1, "batch_size": 1, "log_steps": 1, "warmup_steps": 0, "checkpoint_steps": 0}
+        limits = {
+            "epochs": 1, "batch_size": 1, "log_steps": 1, "keep_checkpoints": 1, "warmup_steps": 0, "checkpoint_steps": 0,
+        }  # fmt: skip
         for name, least in limits.items():
             if getattr(self, name) < least:
                 raise ValueError(

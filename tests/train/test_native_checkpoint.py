@@ -122,7 +122,21 @@ def truncate(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(content[:-100])
 
 
+def without_checksums(folder: Path) -> None:
+    """As older versions wrote it."""
+    state = json.loads((folder / "state.json").read_text())
+    del state["checksums"]
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
 def drop_tensor(folder: Path) -> None:
+    without_checksums(folder)
     stored = load_file(folder / "model.safetensors")
     stored.pop("encoder.spe")
     save_file(stored, folder / "model.safetensors")
@@ -134,10 +148,11 @@ DAMAGES = {
     "not text": (damage("state.json", b"\xff\xfe\x00"), "state.json must be JSON, got "),
     "a list": (damage("state.json", b"[1]"), "state.json must have format_version 1, got None"),
     "other version": (other_version, "state.json must have format_version 1, got 99. Use the fastskel version"),
-    "no model": (damage("model.safetensors", None), "model.safetensors must be safetensors, got .*No such file"),
-    "no tensors": (damage("model.safetensors", b"hello"), "model.safetensors must be safetensors, got "),
-    "empty": (damage("model.safetensors", b""), "model.safetensors must be safetensors, got "),
-    "truncated": (truncate, "model.safetensors must be safetensors, got "),
+    "no model": (damage("model.safetensors", None), "model.safetensors must be the safetensors .*, got .*No such file"),
+    "no tensors": (damage("model.safetensors", b"hello"), "model.safetensors must be the safetensors that were saved, got "),
+    "empty": (damage("model.safetensors", b""), "model.safetensors must be the safetensors that were saved, got "),
+    "one bit": (flip_a_bit, "model.safetensors must be the safetensors that were saved, got sha256 .* instead of "),
+    "truncated": (truncate, "model.safetensors must be the safetensors that were saved, got "),
     "tensor missing": (drop_tensor, r"model.safetensors must hold exactly .* missing \['encoder.spe'\]"),
 }
 
@@ -150,10 +165,18 @@ def test_damage_is_named(act, message, saved):
     assert str(saved) in str(caught.value)
 
 
+def test_checkpoints_of_older_versions_are_read(saved):
+    expected = read_checkpoint(saved, optimizer=True)
+    without_checksums(saved)
+    found = read_checkpoint(saved, optimizer=True)
+    assert all(torch.equal(found.model[name], value) for name, value in expected.model.items())
+    assert found.optimizer.keys() == expected.optimizer.keys()
+
+
 def test_a_damaged_optimizer_hurts_only_who_reads_it(saved):
     (saved / "optimizer.safetensors").write_bytes(b"")
     read_checkpoint(saved)
-    with pytest.raises(ValueError, match="optimizer.safetensors must be safetensors"):
+    with pytest.raises(ValueError, match="optimizer.safetensors must be the safetensors"):
         read_checkpoint(saved, optimizer=True)
 
 
