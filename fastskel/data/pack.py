@@ -221,6 +221,7 @@ def pack_source(
         if fmt.annotations is not None:
             annotations = fmt.annotations.parse({f"{os.fspath(src)}/{path}": files.read(path) for path in files.beside})
             read = partial(read, annotations=annotations)
+        fmt, read = fmt.with_layout(read, files.read(files.paths[0]), f"{os.fspath(src)}/{files.paths[0]}")
         writer = FramesWriter(scratch / "frames.npy")
         try:
             for path in tqdm(files.paths, desc=f"packing {format_name}", unit="clip", disable=not progress):

@@ -2,6 +2,8 @@
 
 from fastskel.data.formats import (
     agcn,
+    amc,
+    bvh,
     ctr_gcn,
     kinetics_skeleton,
     ntu,
@@ -11,6 +13,7 @@ from fastskel.data.formats import (
     pku_pickle,
     plain,
     pyskl,
+    pyskl_kinetics,
     sbu,
     uav_human,
     utd_mhad,
@@ -29,6 +32,8 @@ __all__ = [
     "SkipFile",
     "SourceClip",
     "agcn",
+    "amc",
+    "bvh",
     "ctr_gcn",
     "kinetics_skeleton",
     "ntu",
@@ -38,6 +43,7 @@ __all__ = [
     "pku_pickle",
     "plain",
     "pyskl",
+    "pyskl_kinetics",
     "sbu",
     "uav_human",
     "utd_mhad",

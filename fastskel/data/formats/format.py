@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastskel.registry import Registry
-from fastskel.skeleton import Topology
+from fastskel.skeleton import TOPOLOGIES, Topology
 
 __all__ = ["FORMATS", "Annotations", "Format", "SkipFile", "SourceClip", "finite_frames", "unreadable"]
 
@@ -81,6 +81,8 @@ class Format:
         unique_names: Whether file names tell clips apart; otherwise their folders do.
         layout: Skeleton layout that `topology` names, where it is not a registered one.
         adapt: Returns the format for chosen options, where skeleton, channels or units depend on them.
+        layout_of: Reads the skeleton layout off a file, with the arguments of `read`, where it is that of the first file;
+            `read` takes it as its keyword `layout` and refuses files of another.
         about: What the files are and where they come from, for `fastskel pack --list-formats`.
     """
 
@@ -98,6 +100,7 @@ class Format:
     unique_names: bool = True
     layout: Topology | None = None
     adapt: Callable[[Format, Any], Format] | None = None
+    layout_of: Callable[..., Topology] | None = None
     about: str = ""
 
     def adapted(self, chosen: Mapping[str, Any]) -> Format:
@@ -122,6 +125,22 @@ class Format:
                     f"got {name!r}. Leave it out."
                 )
         return self.read if self.options is None else partial(self.read, options=replace(self.options, **chosen))
+
+    def with_layout(self, reader: Callable[..., SourceClip], data: bytes, path: str) -> tuple[Format, Callable[..., SourceClip]]:
+        """Return the format and its reader with the skeleton of the first file, (V,) joints, where they depend on it.
+
+        Args:
+            reader: What `reader` returned, with `annotations` bound if there are any.
+            data: Contents of the first file.
+            path: Its path, for messages.
+        Raises:
+            ValueError: If the file has no such skeleton.
+        """
+        if self.layout_of is None:
+            return self, reader
+        layout = self.layout_of(data, path, **getattr(reader, "keywords", {}))
+        own = None if layout.name in TOPOLOGIES else layout
+        return replace(self, topology=layout.name, layout=own), partial(reader, layout=layout)
 
 
 FORMATS: Registry[Format] = Registry("format")

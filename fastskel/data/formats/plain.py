@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from fastskel.data.formats.clip_labels import LabelOptions, wrong_option
 from fastskel.data.formats.format import FORMATS, Format, SourceClip, finite_frames, unreadable
 from fastskel.data.formats.text_rows import number_rows, text_lines
 from fastskel.data.topology_file import named_or_read_topology
@@ -26,7 +26,7 @@ _SEPARATORS = ";\t,"
 
 
 @dataclass(frozen=True)
-class PlainOptions:
+class PlainOptions(LabelOptions):
     """What plain files do not say about themselves.
 
     Attributes:
@@ -41,63 +41,25 @@ class PlainOptions:
     channels: tuple[str, ...] = ("x", "y", "z")
     units: str = "metres"
     up_axis: Literal["x", "y", "z", "-x", "-y", "-z"] = "y"
-    labels: str = "none"
 
     def __post_init__(self) -> None:
         names = self.channels
         if not isinstance(names, tuple) or not names or len(set(names)) != len(names) or not all(map(_is_name, names)):
-            raise _wrong("channels", "distinct names", repr(names), "Name each channel once")
+            raise wrong_option("channels", "distinct names", repr(names), "Name each channel once")
         if not _is_name(self.units):
-            raise _wrong("units", "a word", repr(self.units), "Name the unit")
+            raise wrong_option("units", "a word", repr(self.units), "Name the unit")
         if self.up_axis not in ("x", "y", "z", "-x", "-y", "-z"):
-            raise _wrong("up_axis", "x, y, z, -x, -y or -z", repr(self.up_axis), "Choose one")
-        # read now: a wrong path is an error of the call, not of a file
-        if self.labels not in ("none", "folder"):
-            _ = self.classes
+            raise wrong_option("up_axis", "x, y, z, -x, -y or -z", repr(self.up_axis), "Choose one")
+        super().__post_init__()
 
     @cached_property
     def layout(self) -> tuple[Topology, bool]:
         """Skeleton of the V joints, and whether it comes from a file."""
         return named_or_read_topology(self.topology)
 
-    @cached_property
-    def classes(self) -> dict[str, str]:
-        """Class of each clip by its name, from the CSV file."""
-        path = Path(self.labels)
-        try:
-            rows = [row for row in csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"))) if row]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise _wrong("labels", "none, folder or a readable CSV file", f"{error}", "Correct it") from error
-        classes: dict[str, str] = {}
-        for row in rows:
-            name, label = (cell.strip() for cell in row) if len(row) == 2 else ("", "")
-            if not name or not label or name in classes:
-                raise _wrong("labels", "rows of distinct clip name and class", f"{row}, in {path}", "Correct the file")
-            classes[name] = label
-        return classes
-
-    def class_of(self, path: str) -> str | None:
-        """Return the class of the clip at a path (a scalar string), None where there are none.
-
-        Raises:
-            ValueError: If the CSV file has no row for it.
-        """
-        if self.labels == "none":
-            return None
-        if self.labels == "folder":
-            return PurePosixPath(path).parent.name
-        name = PurePosixPath(path).stem
-        if name not in self.classes:
-            raise unreadable("in the list of labels", f"no row for {name!r} in {self.labels}", path, "Add it")
-        return self.classes[name]
-
 
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and bool(value) and value.isprintable()
-
-
-def _wrong(option: str, contract: str, actual: str, action: str) -> ValueError:
-    return ValueError(f"pack_source: option {option} must be {contract}, got {actual}. {action}.")
 
 
 def read_npy(data: bytes, path: str, options: PlainOptions = PlainOptions()) -> SourceClip:

@@ -173,8 +173,8 @@ class _Machine:
 
     def keys(self, items: list[Any]) -> list[Any]:
         for item in items:
-            # other keys could be made to collide, or have no fixed hash
-            if type(item) not in (str, int):
+            # other keys could be made to collide, or have no fixed hash, as NaN
+            if type(item) not in (str, int) and not (type(item) is float and math.isfinite(item)):
                 raise _Refused(f"{type(item).__name__} as key or member of a set")
         return items
 

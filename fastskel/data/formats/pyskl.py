@@ -27,7 +27,7 @@ from fastskel.data.formats.prepared import (
     whole_labels,
 )
 
-__all__ = ["PysklOptions", "open_pyskl"]
+__all__ = ["PysklOptions", "image_size", "named_splits", "open_pyskl"]
 
 # xsub_train, train, train1 (the three splits of UCF101 and HMDB51)
 _SPLIT = re.compile(r"(?:(.+)_)?(train|val|test|eval)(\d*)")
@@ -87,7 +87,7 @@ def open_pyskl(path: Path, options: PysklOptions) -> PreparedClips:
         raise unreadable("of 2-D joints for usdrl_scaling", "3-D joints", str(path), "Leave usdrl_scaling out")
     columns: dict[str, Any] = dict(ntu_columns(names))
     if all("img_shape" in annotation for annotation in kept):
-        sizes = [_image_size(annotation, name, path) for annotation, name in zip(kept, names)]
+        sizes = [image_size(annotation, name, path) for annotation, name in zip(kept, names)]
         columns |= {"image_height": [size[0] for size in sizes], "image_width": [size[1] for size in sizes]}
     third = _third(kept, options, flat, path)
     units = ("mixed" if options.usdrl_scaling else "pixels") if flat else "metres"
@@ -100,7 +100,7 @@ def open_pyskl(path: Path, options: PysklOptions) -> PreparedClips:
         units=units if options.units == "auto" else options.units,
         up_axis=("-y" if flat else "y") if options.up_axis == "auto" else options.up_axis,
         columns=columns,
-        splits=_splits(lists.get("split", {}), names, skipped, path),
+        splits=named_splits(lists.get("split", {}), names, skipped, path),
         skipped=skipped,
     )
 
@@ -129,7 +129,12 @@ def _is_floats(value: Any) -> TypeGuard[NDArray[Any]]:
     return isinstance(value, np.ndarray) and value.dtype.kind == "f"
 
 
-def _image_size(annotation: Mapping[str, Any], name: str, path: Path) -> tuple[int, int]:
+def image_size(annotation: Mapping[str, Any], name: str, path: Path) -> tuple[int, int]:
+    """Return height and width of an annotation's pictures, pixels, (2,).
+
+    Raises:
+        ValueError: If they are none.
+    """
     size = annotation.get("img_shape")
     if (
         not isinstance(size, (tuple, list))
@@ -157,7 +162,7 @@ def _clips(
         if scaling:
             # in the type of the file, half precision, as the reference divides
             keypoint = keypoint.copy()
-            height, width = _image_size(annotation, name, path)
+            height, width = image_size(annotation, name, path)
             keypoint[:, :, 0] /= height
             keypoint[:, :, 1] /= width
         channels = [keypoint]
@@ -170,9 +175,19 @@ def _clips(
         yield trimmed(frames, int(annotation.get("total_frames", len(frames))))
 
 
-def _splits(
+def named_splits(
     listed: Any, names: Sequence[str], skipped: list[tuple[str, str]], path: Path
 ) -> dict[str, dict[str, list[str]]]:
+    """Return protocol -> part -> clips from the splits of a file.
+
+    Args:
+        listed: Split such as xsub_train -> names.
+        names: Clips that are packed, (n,).
+        skipped: Clips that are not, with reasons; those without an annotation are appended.
+        path: The file, for messages.
+    Raises:
+        ValueError: If a split is called otherwise, or holds something else than names.
+    """
     if not isinstance(listed, dict):
         raise unreadable("with a dict of splits", type(listed).__name__, str(path))
     known, left_out = set(names), {name for name, _ in skipped}

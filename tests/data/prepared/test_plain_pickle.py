@@ -26,7 +26,7 @@ START = "^pack_source: file must be a pickle of plain containers, numbers, text 
 PLAIN = {
     "numbers": [0, 1, 255, 256, 65536, -1, -70000, 2**62, -(2**63), 2.5, float("inf"), True, False, None],
     "text": ["", "a", "é\n", "x" * 300, "\ud800"],
-    "containers": ((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], {}, {1: [2]}, {3, 4}, frozenset({"f"}), set()),
+    "containers": ((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], {}, {1: [2], 0.5: 3}, {3, 4}, frozenset({"f"}), set()),
 }
 ARRAYS = {
     "float32": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
@@ -145,6 +145,7 @@ TRICKS = {
     "void": (DTYPE + b"X\x0c\0\0\0V99999999999\x89\x88\x87R.", "an array of type 'V99999999999'"),
     "records": (DTYPE + b"X\x05\0\0\0f4,f4\x89\x88\x87R.", "an array of type 'f4,f4'"),
     "unhashed key": (b"}]K\x01s.", "list as key"),
+    "NaN as key": (b"}G\x7f\xf8\0\0\0\0\0\0K\x01s.", "float as key or member of a set"),
     "tuple in a set": (b"\x8f())\x90.".replace(b"()", b"("), "tuple as key or member of a set"),
     "digits": (b"I" + b"9" * 5000 + b"\n.", "a number of 5000 digits"),
     "long": (b"\x8b\xff\xff\xff\x7f.", "announced"),
