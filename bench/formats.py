@@ -1,13 +1,22 @@
-"""Parsers of raw text beside plain Python ones, in turns on one core: NTU RGB+D skeleton text.
+"""Parsers of raw text beside plain Python ones, in turns on one core, and a whole data set packed: NTU RGB+D skeleton text.
 
 Run as `python -m fastskel.bench.formats --out FILE.jsonl`. The text is made up, in the layout and with the digits of the
 data set's files, or one of its files (`--file`); coordinates must agree bit for bit before parsers are timed.
+
+`--pack 5000` makes so many files up instead, of 60 to 120 frames and one or two bodies, and packs them with `fastskel pack` in a
+process of its own, with one thread and with one for each CPU: seconds, MB/s, peak memory. The bytes must be the same.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +27,15 @@ from numpy.typing import NDArray
 
 from fastskel import _native
 from fastskel.data.formats.ntu import read
+from fastskel.data.packed import open_dataset
 
-__all__ = ["by_lines", "by_words", "main", "measure", "skeleton_text"]
+__all__ = ["by_lines", "by_words", "main", "measure", "measure_packing", "skeleton_text", "write_recordings"]
 
 BASELINE = "lines"
 NUM_JOINTS = 25
 NUM_FRAMES, QUICK_FRAMES = 300, 5
+# of the recordings that are packed; and bodies of which they are put together
+PACK_FRAMES, POOL_FRAMES = (60, 120), 256
 NAME = "S001C001P001R001A050.skeleton"
 
 
@@ -82,6 +94,59 @@ def measure(data: bytes, rounds: int) -> Iterator[dict[str, Any]]:
         yield {"case": f"ntu {len(data)} bytes", **timing.row(), "mb_per_s": len(data) / timing.median_ms / 1e3}
 
 
+def write_recordings(folder: Path, num_files: int) -> int:
+    """Make up recordings, T from 60 to 120 frames, M 1 or 2 bodies of joints (V, 12); returns their bytes."""
+    # numbers are turned to text once: a file takes its bodies from these in an order of its own
+    frames = skeleton_text(POOL_FRAMES, 1).split(b"\r\n")[1:-1]
+    length = NUM_JOINTS + 3
+    bodies = [b"\r\n".join(frames[start + 2 : start + length]) for start in range(0, len(frames), length)]
+    rng = np.random.default_rng(1)
+    total = 0
+    for number in range(num_files):
+        num_frames, num_bodies = int(rng.integers(*PACK_FRAMES, endpoint=True)), int(rng.integers(1, 3))
+        chosen = rng.integers(len(bodies), size=(num_frames, num_bodies))
+        parts = [b"%d" % num_frames]
+        for row in chosen.tolist():
+            parts.append(b"%d" % num_bodies)
+            for body, index in enumerate(row):
+                parts += [b"%d 0 1 1 1 1 0 0.5 0.5 2" % (72057594037931648 + body), bodies[index]]
+        subject, action = divmod(number, 60)
+        path = folder / f"S001C001P{subject % 999 + 1:03}R{subject // 999 + 1:03}A{action + 1:03}.skeleton"
+        total += path.write_bytes(b"\r\n".join(parts) + b"\r\n")
+    return total
+
+
+def measure_packing(folder: Path, num_files: int, threads: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Pack made-up recordings, one row for each number of threads: seconds, MB/s and the process's peak resident memory."""
+    source = folder / "source"
+    source.mkdir()
+    num_bytes = write_recordings(source, num_files)
+    sums: list[dict[str, str]] = []
+    for number in threads:
+        out = folder / f"packed-{number}"
+        command = [sys.executable, "-m", "fastskel", "pack", "ntu60", str(source), str(out), "--quiet", "--threads", str(number)]
+        begin = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - begin
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"formats: {' '.join(command)} ended with code {process.returncode}")
+        sums.append(open_dataset(out).meta["checksums"])
+        if sums[-1] != sums[0]:
+            raise ValueError(f"formats: {number} threads must give the bytes of {threads[0]}, got others. Mend the packing.")
+        yield {
+            "case": f"pack {num_files} files, {num_bytes} bytes",
+            "provider": f"fastskel pack --threads {number}",
+            "seconds": seconds,
+            "mb_per_s": num_bytes / seconds / 1e6,
+            # kilobytes on Linux
+            "peak_mb": usage.ru_maxrss * 1024 / 1e6,
+            "clips": len(open_dataset(out)),
+        }
+        shutil.rmtree(out)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, append the rows."""
     parser = argparse.ArgumentParser(prog="python -m fastskel.bench.formats", description=(__doc__ or "").splitlines()[0])
@@ -89,7 +154,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--file", type=Path, help="skeleton file of NTU RGB+D to parse")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="a tiny file: whether it runs, not how fast")
+    parser.add_argument("--pack", type=int, metavar="FILES", help="pack so many made-up files instead")
+    parser.add_argument("--folder", type=Path, help="where they go, about 0.45 MB each; by default the temporary files'")
     given = parser.parse_args(arguments)
+    if given.pack:
+        return _pack(given)
     data = given.file.read_bytes() if given.file else skeleton_text(QUICK_FRAMES if given.quick else NUM_FRAMES)
     source = "genuine file" if given.file else "made up"
     shared = {"part": "formats", "text": source, "quick": given.quick, **origin()}
@@ -97,6 +166,19 @@ def main(arguments: list[str] | None = None) -> int:
     append_rows(given.out, rows)
     for row in rows:
         print(f"{row['provider']:<22} {row['median_ms']:8.2f} ms {row['mb_per_s']:8.1f} MB/s {row['speedup']:7.1f}x")
+    return 0
+
+
+def _pack(given: argparse.Namespace) -> int:
+    cpus = _native.available_cpus()
+    shared = {"part": "packing", "text": "made up", "quick": given.quick, **origin()}
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        for row in measure_packing(Path(folder), given.pack, sorted({1, cpus})):
+            append_rows(given.out, [{**row, **shared}])
+            print(
+                f"{row['provider']:<26} {row['seconds']:8.1f} s {row['mb_per_s']:8.1f} MB/s, "
+                f"{row['peak_mb']:.0f} MB at most, {row['clips']:,} clips"
+            )
     return 0
 
 

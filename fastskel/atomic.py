@@ -9,10 +9,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_folder", "atomic_write"]
+__all__ = ["atomic_folder", "atomic_write", "settle", "sync"]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to its disk before this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,9 +34,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         scratch.chmod(0o666 & ~mask)
-        _sync(scratch)
+        sync(scratch)
         os.replace(scratch, target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -56,14 +57,19 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield scratch
-        mask = os.umask(0)
-        os.umask(mask)
-        scratch.chmod(0o777 & ~mask)
-        for entry in scratch.rglob("*"):
-            if entry.is_file():
-                _sync(entry)
-        _sync(scratch)
-        os.rename(scratch, target)
-        _sync(target.parent)
+        settle(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def settle(folder: Path, target: Path) -> None:
+    """Give a complete folder its name: all of it is on disk first."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for entry in folder.rglob("*"):
+        if entry.is_file():
+            sync(entry)
+    sync(folder)
+    os.rename(folder, target)
+    sync(target.parent)

@@ -430,8 +430,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped: {error}", file=sys.stderr)
         # sysexits.h calls 75 a temporary failure: try again
         return 75 if isinstance(error, Preempted) else 3
-    except KeyboardInterrupt:
-        again = "; it goes on with --resume" if arguments[0] == "pretrain" else ""
+    except KeyboardInterrupt as stop:
+        again = "; it goes on with --resume" if arguments[0] == "pretrain" else f"; {stop}" if str(stop) else ""
         print(f"interrupted{again}", file=sys.stderr)
         return 130
     return 0

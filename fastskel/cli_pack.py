@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Fixed, Positional, Suppress, arg
 
@@ -23,7 +23,7 @@ def pack_commands() -> dict[str, Command]:
     from fastskel.data.formats import FORMATS, PREPARED
 
     commands = {name: _pack_command(name, FORMATS[name].options) for name in FORMATS}
-    return commands | {name: _pack_command(name, PREPARED[name].options) for name in PREPARED}
+    return commands | {name: _pack_prepared_command(name, PREPARED[name].options) for name in PREPARED}
 
 
 def unpack_commands() -> dict[str, Command]:
@@ -59,21 +59,56 @@ def _option_names(options: Any) -> list[str]:
 
 
 def _pack_command(source: str, defaults: Any) -> Command:
-    def pack(src: Src, dst: Dst, quiet: bool = False, reader: Any = defaults) -> None:
+    def pack(
+        src: Src,
+        dst: Dst,
+        normalisation: Any = "none",
+        threads: int | None = None,
+        skip_bad: bool = False,
+        quiet: bool = False,
+        reader: Any = defaults,
+    ) -> None:
         from fastskel.data.pack import pack_source
 
         options = {name: getattr(reader, name) for name in _option_names(reader)}
-        print(pack_source(source, src, dst, options=options, progress=not quiet))
+        summary = pack_source(
+            source, src, dst, options=options, threads=threads, skip_bad=skip_bad, normalisation=normalisation, progress=not quiet
+        )
+        print(summary)
 
-    # tyro reads the reader's own options off this annotation
+    return _described(pack, source, defaults)
+
+
+def _pack_prepared_command(source: str, defaults: Any) -> Command:
+    def pack(src: Src, dst: Dst, normalisation: Any = "none", quiet: bool = False, reader: Any = defaults) -> None:
+        from fastskel.data.pack import pack_source
+
+        options = {name: getattr(reader, name) for name in _option_names(reader)}
+        print(pack_source(source, src, dst, options=options, normalisation=normalisation, progress=not quiet))
+
+    return _described(pack, source, defaults)
+
+
+def _described(pack: Command, source: str, defaults: Any) -> Command:
+    from fastskel.data.normalise import NORMALISATIONS
+
+    # tyro reads the reader's own options and the choices off these annotations
     pack.__annotations__["reader"] = Annotated[None, Suppress, Fixed] if defaults is None else type(defaults)
+    pack.__annotations__["normalisation"] = Literal[NORMALISATIONS]
+    about = {
+        "src": "Folder with the files, or the archive or file they come in.",
+        "dst": "Folder to create.",
+        "normalisation": "Normalisation of every clip; by default coordinates are stored as they are.",
+        "threads": "Threads that read and parse; by default one for each CPU that the process may use.",
+        "skip_bad": "Leave out files that are damaged or cannot be read, and list them, instead of stopping at the first.",
+        "quiet": "Show no progress bar.",
+        "reader": f"What the reader of {source} lets one choose.",
+    }
+    arguments = "\n".join(f"        {name}: {text}" for name, text in about.items() if name in pack.__annotations__)
     pack.__doc__ = f"""Pack the files of {source} into a folder that fastskel maps into memory.
 
     Args:
-        src: Folder with the files, or the archive or file they come in.
-        dst: Folder to create.
-        quiet: Show no progress bar.
-        reader: What the reader of {source} lets one choose.
+{arguments}
     """
     return pack
 

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["commit", "provenance"]
+__all__ = ["commit", "provenance", "versions"]
 
 PACKAGES = ("fastskel", "torch", "numpy", "triton")
 GIT_SECONDS = 10
@@ -41,12 +41,17 @@ def commit(source: Path | None = None) -> str | None:
     return _git(source.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
-def provenance() -> dict[str, Any]:
-    """Say what produced a result: `command`, `versions` and `commit`, as plain values."""
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Name the versions of Python and of the packages that results depend on; "absent" where one is not installed."""
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            versions[package] = "absent"
-    return {"command": list(sys.argv), "versions": versions, "commit": commit()}
+            found[package] = "absent"
+    return found
+
+
+def provenance() -> dict[str, Any]:
+    """Say what produced a result: `command`, `versions` and `commit`, as plain values."""
+    return {"command": list(sys.argv), "versions": versions(), "commit": commit()}

@@ -2,175 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
-from fastskel.data.clips import (
-    ClipReader,
-    Columns,
-    Part,
-    plain_labels,
-    plain_names,
-    plain_segments,
-    plain_splits,
-    plain_strings,
-)
+from fastskel import _native
 from fastskel.data.formats import FORMATS, PREPARED, SkipFile, SourceClip
-from fastskel.data.gather import GatheredExtras
+from fastskel.data.gather import ClipFacts, GatheredClips
+from fastskel.data.journal import FINISHED, Entry, Journal
 from fastskel.data.normalise import NORMALISATIONS, normalise
-from fastskel.data.packed import UP_AXES, PackedDataset, open_dataset
-from fastskel.data.source import open_source
+from fastskel.data.pack_clips import pack_arrays
+from fastskel.data.pack_summary import PackSummary
+from fastskel.data.packed import FORMAT_VERSION
+from fastskel.data.read_ahead import read_ahead
+from fastskel.data.source import SourceFiles, open_source
 from fastskel.data.topology_file import topology_to_json
-from fastskel.data.writer import FramesWriter, destination, write_array, write_json, write_meta
-from fastskel.skeleton import TOPOLOGIES, Topology
-from fastskel.skeleton import topology as named_topology
+from fastskel.data.work_folder import work_folder
+from fastskel.data.writer import plain_options, write_json, write_rest
+from fastskel.provenance import versions
+from fastskel.skeleton import Topology, topology
 
 __all__ = ["PackSummary", "pack_arrays", "pack_source"]
 
-
-@dataclass(frozen=True)
-class PackSummary:
-    """What `pack_source` wrote.
-
-    Attributes:
-        path: The packed data set.
-        clips: Number of clips.
-        frames: Frames of all clips together.
-        bodies: Most bodies in one clip.
-        skipped: Path and reason of every file that holds no clip.
-        seconds: Wall-clock time.
-        notes: Clip name and remark, where the user should know something about a clip that was packed.
-    """
-
-    path: Path
-    clips: int
-    frames: int
-    bodies: int
-    skipped: tuple[tuple[str, str], ...]
-    seconds: float
-    notes: tuple[tuple[str, str], ...] = ()
-
-    def __str__(self) -> str:
-        lines = [f"packed {self.clips:,} clips, {self.frames:,} frames, {self.bodies} bodies at most, into {self.path}"]
-        lines[0] += f" in {self.seconds:.1f} s"
-        lines += [f"  skipped {path}: {reason}" for path, reason in self.skipped[:10]]
-        if len(self.skipped) > 10:
-            lines.append(f"  and {len(self.skipped) - 10} more files")
-        lines += [f"  note {name}: {remark}" for name, remark in self.notes[:40]]
-        if len(self.notes) > 40:
-            lines.append(f"  and {len(self.notes) - 40} more notes")
-        return "\n".join(lines)
-
-
-def pack_arrays(
-    clips: Iterable[ArrayLike | str | os.PathLike[str]],
-    *,
-    out: str | os.PathLike[str],
-    topology: str | Topology,
-    labels: Sequence[int] | NDArray[np.integer[Any]] | None = None,
-    names: Sequence[str] | None = None,
-    columns: Mapping[str, Any] | None = None,
-    splits: Mapping[str, Mapping[str, Sequence[Part]]] | None = None,
-    segments: Sequence[Sequence[Any]] | NDArray[Any] | None = None,
-    class_names: Sequence[str] = (),
-    num_frames: Sequence[int] | NDArray[np.integer[Any]] | Literal["all"] | None = None,
-    num_bodies: int = 1,
-    channels: Sequence[str] | None = None,
-    units: str = "metres",
-    up_axis: str = "y",
-    normalisation: str = "none",
-    source: str = "custom",
-) -> PackedDataset:
-    """Pack a user's own clips.
-
-    Args:
-        clips: Joint positions, (T, M, V, C) each, finite numbers, or paths of `.npy` files that hold them. T and M may
-            differ from clip to clip (absent bodies become zero); V and C may not. Read one at a time, so a generator
-            keeps memory small.
-        out: Folder to create.
-        topology: Skeleton of the V joints, registered in `TOPOLOGIES`, or its name.
-        labels: Class of each clip, (n,), -1 where unknown; None: all unknown.
-        names: Unique clip names, (n,); None: "clip-000000" and so on.
-        columns: Column name to one value per clip, (n,), or to a list of n arrays with one value per frame, (T,) each.
-        splits: Protocol to {"train": clips, "test": clips}, clips given by index or name.
-        segments: Rows (clip, class, start, end[, confidence]), clip by index or name, end exclusive; they may overlap.
-        class_names: Distinct names of the K classes.
-        num_frames: Valid frames at the beginning of each clip, (n,); "all": every frame is valid; None: frames with any
-            non-zero joint are valid. Other frames are dropped, with their values in per-frame columns, and segments
-            follow.
-        num_bodies: Least M of the packed frames, at least 1.
-        channels: Distinct names of the C channels; None: x, y and z or score.
-        units: Unit of the coordinates, "metres", "pixels" or your own.
-        up_axis: Axis that points up in the world, "-y" where y points down as in images.
-        normalisation: Applied before writing: "none", "center", "center-first", "align" or "align-yaw".
-        source: Name of the data set; protocols that are rules belong to one.
-    Returns:
-        The packed data set, opened.
-    Raises:
-        ValueError: If an argument does not fit, naming the clip; nothing is left at `out`.
-    """
-    layout = _registered(topology)
-    _check_choice("normalisation", normalisation, NORMALISATIONS)
-    _check_choice("up_axis", up_axis, UP_AXES)
-    for argument, text in (("units", units), ("source", source)):
-        _check(isinstance(text, str), argument, "a string", text, "Name it")
-    whole = isinstance(num_bodies, (int, np.integer)) and not isinstance(num_bodies, bool)
-    _check(whole and num_bodies >= 1, "num_bodies", "a whole number of at least 1", num_bodies, "Pass a count")
-    classes = plain_strings("class_names", class_names)
-    channel_names = None if channels is None else plain_strings("channels", channels)
-    reader = ClipReader(layout, names, num_frames)
-    values = Columns({} if columns is None else columns, where=os.fspath(out))
-    kept: list[NDArray[np.bool_]] = []
-    bodies: list[int] = []
-    with destination("pack_arrays", out) as scratch:
-        writer = FramesWriter(scratch / "frames.npy")
-        try:
-            for frames, valid in reader.read(clips):
-                values.take(len(kept), valid, reader.where)
-                kept.append(valid)
-                frames = normalise(frames, normalisation, layout)
-                bodies.append(int(frames.any(axis=(0, 2, 3)).sum()))
-                writer.append(frames)
-            writer.finish(int(num_bodies))
-        finally:
-            writer.close()
-        clip_names = plain_names(names, len(kept))
-        if channel_names is None:
-            channel_names = ["x", "y", "score" if units == "pixels" else "z", *"wuvabcd"][: reader.num_channels]
-        if len(channel_names) != reader.num_channels:
-            raise ValueError(
-                f"pack_arrays: channels must name the {reader.num_channels} channels of the clips, "
-                f"got {channel_names}. Name each once."
-            )
-        meta = {
-            "source": source,
-            "topology": layout.name,
-            "channels": channel_names,
-            "units": units,
-            "up_axis": up_axis,
-            "class_names": classes,
-            "normalisation": normalisation,
-            "valid_frames_rule": "nonzero" if num_frames is None else "counted",
-        }
-        arrays: dict[str, NDArray[Any]] = {
-            "names": clip_names,
-            "labels": plain_labels(labels, len(kept), len(classes)),
-        }
-        rows = plain_segments(() if segments is None else segments, clip_names, kept, len(classes))
-        if len(rows):
-            arrays["segments"] = rows
-        if members := plain_splits({} if splits is None else splits, clip_names):
-            write_json(scratch / "splits.json", members)
-        _write(scratch, meta, arrays, [int(valid.sum()) for valid in kept], bodies, values.finish(len(kept)))
-    return open_dataset(out)
+# what reading a file gives: its clip, why it has none, or what is wrong with it
+Outcome = SourceClip | SkipFile | ValueError
 
 
 def pack_source(
@@ -179,134 +41,220 @@ def pack_source(
     dst: str | os.PathLike[str],
     *,
     options: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    skip_bad: bool = False,
+    normalisation: str = "none",
     progress: bool = True,
 ) -> PackSummary:
     """Pack the files of a public data set, clips of (T, M, V, C).
+
+    A call that is killed, interrupted, or stopped by an error leaves what it packed in `DST.packing`; the same call goes
+    on there and ends with the same bytes. Files that were added, removed or changed in between are heeded: all before the
+    first of them in the order of packing is kept. Prepared formats begin again.
 
     Args:
         format_name: Name in `FORMATS`, such as "utd-mhad", or in `PREPARED`, such as "pyskl".
         src: Folder with the files, searched recursively, or the tar or zip archive they come in. Of a prepared format,
             see `fastskel.data.pack_prepared`.
-        dst: Folder to create. The same files give the same bytes.
+        dst: Folder to create. The same files give the same bytes, whatever the number of threads.
         options: What the format lets one choose, by name; None: its defaults.
+        threads: Threads that read and parse, at least 1; None: one for each CPU that the process may use.
+        skip_bad: Leave out files that are damaged or cannot be read, and list them; by default the first of them is an error.
+        normalisation: Applied to every clip: "none", "center", "center-first", "align" or "align-yaw".
         progress: Show a progress bar on standard error.
     Returns:
         Summary of what was packed and skipped.
     Raises:
-        ValueError: If the format or an option is unknown, a file is damaged, naming it, or every file is skipped;
-            nothing is left at `dst`.
+        ValueError: If an argument does not fit, a file is damaged, naming it, every file is skipped, or another process
+            packs the same destination; nothing is left at `dst`.
     """
-    from tqdm import tqdm
-
+    _check(normalisation in NORMALISATIONS, "normalisation", f"one of {', '.join(NORMALISATIONS)}", normalisation, "Choose one")
+    whole = threads is None or (type(threads) is int and threads >= 1)
+    _check(whole, "threads", "a whole number of at least 1", threads, "Leave it out for all cores")
     if format_name in PREPARED:
         from fastskel.data.pack_prepared import pack_prepared
 
-        return pack_prepared(format_name, src, dst, options=options, progress=progress)
-    fmt = FORMATS[format_name]
-    chosen = {} if options is None else options
-    read: Callable[..., SourceClip] = fmt.reader(chosen)
-    fmt = fmt.adapted(chosen)
-    beside = None if fmt.annotations is None else fmt.annotations.pattern
-    extras = GatheredExtras(fmt)
+        contract = f"left out for {format_name}, whose clips are all in one file"
+        _check(threads is None, "threads", contract, threads, "Leave it out")
+        _check(not skip_bad, "skip_bad", contract, skip_bad, "Leave it out")
+        return pack_prepared(format_name, src, dst, options=options, normalisation=normalisation, progress=progress)
     begin = time.perf_counter()
-    names: list[str] = []
-    labels: list[int] = []
-    lengths: list[int] = []
-    bodies: list[int] = []
-    columns: dict[str, list[int | str]] = {column: [] for column in fmt.columns}
+    job = _Job(format_name, src, {} if options is None else options, normalisation)
+    beside = None if job.format.annotations is None else job.format.annotations.pattern
     with (
-        destination("pack_source", dst) as scratch,
-        open_source(src, fmt.suffix, scratch, beside=beside, unique_names=fmt.unique_names) as files,
+        work_folder(Path(dst)) as folder,
+        open_source(src, job.format.suffix, folder, beside=beside, unique_names=job.format.unique_names) as files,
     ):
-        if fmt.annotations is not None:
-            annotations = fmt.annotations.parse({f"{os.fspath(src)}/{path}": files.read(path) for path in files.beside})
-            read = partial(read, annotations=annotations)
-        fmt, read = fmt.with_layout(read, files.read(files.paths[0]), f"{os.fspath(src)}/{files.paths[0]}")
-        writer = FramesWriter(scratch / "frames.npy")
+        job.look_at(files, skip_bad)
+        stamps = [(path, files.stamps[path]) for path in files.paths]
+        joints = (job.layout.num_joints, len(job.format.channels))
+        journal = Journal(folder, job.identity(files), stamps, joints, skip_bad=skip_bad)
+        gathered = GatheredClips(job.format)
         try:
-            for path in tqdm(files.paths, desc=f"packing {format_name}", unit="clip", disable=not progress):
-                try:
-                    clip = read(files.read(path), f"{os.fspath(src)}/{path}")
-                except SkipFile as skip:
-                    files.skipped.append((path, str(skip)))
-                    continue
-                extras.take(clip, path)
-                writer.append(clip.frames)
-                names.append(clip.name)
-                labels.append(clip.label)
-                lengths.append(len(clip.frames))
-                bodies.append(clip.frames.shape[1])
-                for column, values in columns.items():
-                    values.append(clip.columns[column])
-            if not names:
-                path, reason = files.skipped[-1]
+            left_out = _pack_files(job, files, journal, gathered, threads or _native.available_cpus(), skip_bad, progress)
+            if not gathered.names:
                 raise ValueError(
-                    f"pack_source: source must be with at least one clip, got none ({path}: {reason}), in {os.fspath(src)}. "
-                    "Correct the path or the options."
+                    f"pack_source: source must be with at least one clip, got none ({left_out[-1].path}: "
+                    f"{left_out[-1].reason}), in {os.fspath(src)}. Correct the path or the options."
                 )
-            writer.finish()
+            _finish(job, journal, gathered)
         finally:
-            writer.close()
-        classes, class_names = extras.classes(labels)
-        meta = {
-            "source": format_name,
-            "topology": fmt.topology,
-            "channels": list(fmt.channels),
-            "units": fmt.units,
-            "up_axis": fmt.up_axis,
-            "class_names": class_names,
-            "normalisation": "none",
-            "valid_frames_rule": "counted",
-        }
-        arrays = {"names": np.array(names), "labels": classes, **extras.segments()}
-        packed_columns = {column: ("clip", np.array(values)) for column, values in columns.items()}
-        packed_columns.update(extras.frame_columns())
-        if fmt.annotations is not None and fmt.annotations.splits is not None:
-            splits = fmt.annotations.splits(annotations, names)
-            if splits:
-                write_json(scratch / "splits.json", splits)
-        if fmt.layout is not None:
-            write_json(scratch / "topology.json", topology_to_json(fmt.layout))
-        _write(scratch, meta, arrays, lengths, bodies, packed_columns)
-        skipped = tuple(files.skipped)
-    seconds = time.perf_counter() - begin
-    return PackSummary(Path(dst), len(names), sum(lengths), max(bodies), skipped, seconds, tuple(extras.notes))
+            journal.writer.close()
+    return PackSummary(
+        path=Path(dst),
+        clips=len(gathered.names),
+        frames=sum(gathered.lengths),
+        bodies=max(gathered.bodies),
+        skipped=(*files.skipped, *((entry.path, entry.reason) for entry in left_out if not entry.damaged)),
+        seconds=time.perf_counter() - begin,
+        notes=tuple(gathered.notes),
+        damaged=tuple((entry.path, entry.reason) for entry in left_out if entry.damaged),
+        read_bytes=sum(size for _, (size, _) in stamps[len(journal.done) :]),
+        resumed=len(journal.done),
+    )
 
 
 def _check(condition: bool, argument: str, contract: str, actual: object, action: str) -> None:
     if not condition:
-        raise ValueError(f"pack_arrays: {argument} must be {contract}, got {actual!r}. {action}.")
+        raise ValueError(f"pack_source: {argument} must be {contract}, got {actual!r}. {action}.")
 
 
-def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
-    _check(value in choices, argument, f"one of {', '.join(choices)}", value, "Choose one")
+class _Job:
+    """One data set to pack: its format with the chosen options, and how a file of it is read."""
+
+    def __init__(
+        self, name: str, src: str | os.PathLike[str], chosen: Mapping[str, Any], normalisation: str
+    ) -> None:
+        self.name = name
+        self.src = os.fspath(src)
+        self.normalisation = normalisation
+        fmt = FORMATS[name]
+        self._read: Callable[..., SourceClip] = fmt.reader(chosen)
+        options = None if fmt.options is None else replace(fmt.options, **chosen)
+        self.options = plain_options({} if options is None else {f.name: getattr(options, f.name) for f in fields(options)})
+        self.format = fmt.adapted(chosen)
+        self.layout: Topology
+        self.annotations: Any = None
+
+    def look_at(self, files: SourceFiles, skip_bad: bool) -> None:
+        """Take in what all clips share: the files beside them, and their skeleton."""
+        if self.format.annotations is not None:
+            self.annotations = self.format.annotations.parse({f"{self.src}/{path}": files.read(path) for path in files.beside})
+            self._read = partial(self._read, annotations=self.annotations)
+        if self.format.layout_of is not None:
+            self._take_layout(files, skip_bad)
+        self.layout = topology(self.format.topology) if self.format.layout is None else self.format.layout
+        # a normalisation that is not for these joints and channels is an error of the call, not of a file
+        one_frame = np.zeros((1, 1, self.layout.num_joints, len(self.format.channels)), dtype=np.float32)
+        normalise(one_frame, self.normalisation, self.layout)
+
+    def _take_layout(self, files: SourceFiles, skip_bad: bool) -> None:
+        for path in files.paths:
+            try:
+                self.format, self._read = self.format.with_layout(self._read, files.read(path), f"{self.src}/{path}")
+                return
+            except ValueError as error:
+                # left out later, with its reason
+                if not skip_bad or path == files.paths[-1]:
+                    raise _hinted(error) from error
+
+    def identity(self, files: SourceFiles) -> dict[str, Any]:
+        """Say what a packing that is gone on with must share with this one, but for the files of clips."""
+        archive = files.root.stat() if files.root.is_file() else None
+        return {
+            "format": self.name,
+            "format_version": FORMAT_VERSION,
+            "versions": versions(),
+            "options": self.options,
+            "normalisation": self.normalisation,
+            # as given: names of folders may be classes
+            "source": [self.src, os.path.abspath(self.src)],
+            "archive": None if archive is None else [archive.st_size, archive.st_mtime_ns],
+            "beside": [[path, *files.stamps[path]] for path in files.beside],
+        }
+
+    def read(self, files: SourceFiles, path: str) -> Outcome:
+        """Read and normalise one clip, (T, M, V, C), in whatever thread."""
+        try:
+            clip = self._read(files.read(path), f"{self.src}/{path}")
+            return replace(clip, frames=normalise(clip.frames, self.normalisation, self.layout))
+        except (SkipFile, ValueError) as outcome:
+            return outcome
 
 
-def _registered(topology: str | Topology) -> Topology:
-    if isinstance(topology, str):
-        return named_topology(topology)
-    _check(isinstance(topology, Topology), "topology", "a name or a Topology", topology, "Choose one of TOPOLOGIES")
-    # the files hold its name alone: without an entry under it they could not be opened
-    same = topology.name in TOPOLOGIES and TOPOLOGIES[topology.name] == topology
-    advice = "Register it with TOPOLOGIES.add(name, topology), here and where the data is opened"
-    _check(same, "topology", "registered in TOPOLOGIES under its name", topology.name, advice)
-    return topology
+def _pack_files(
+    job: _Job, files: SourceFiles, journal: Journal, gathered: GatheredClips, threads: int, skip_bad: bool, progress: bool
+) -> list[Entry]:
+    """Append the frames of all files and gather what clips bring beside them; files without a clip."""
+    from tqdm import tqdm
+
+    for entry in journal.done:
+        if entry.clip is not None:
+            gathered.take(entry.clip, entry.path)
+    left_out = [entry for entry in journal.done if entry.clip is None]
+    num_done = len(journal.done)
+    rest = files.paths[num_done:]
+    sizes = [files.stamps[path][0] for path in rest]
+    bar = tqdm(desc=f"packing {job.name}", total=len(files.paths), initial=num_done, unit="clip", disable=not progress)
+    try:
+        with bar, contextlib.closing(read_ahead(rest, sizes, partial(job.read, files), threads)) as outcomes:
+            for path, outcome in outcomes:
+                entry = _entry(path, files.stamps[path], outcome, gathered, skip_bad)
+                if isinstance(outcome, SourceClip) and entry.clip is not None:
+                    journal.writer.append(outcome.frames)
+                    gathered.take(entry.clip, path)
+                else:
+                    left_out.append(entry)
+                journal.note(entry)
+                bar.update()
+    except BaseException:
+        # the error is what counts; what cannot be kept is packed again
+        with contextlib.suppress(OSError):
+            journal.commit()
+        raise
+    journal.commit()
+    return left_out
 
 
-def _write(
-    scratch: Path,
-    meta: Mapping[str, Any],
-    arrays: Mapping[str, NDArray[Any]],
-    lengths: Sequence[int],
-    bodies: Sequence[int],
-    columns: Mapping[str, tuple[str, NDArray[Any]]],
-) -> None:
-    write_array(scratch / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    write_array(scratch / "num_bodies.npy", np.array(bodies, dtype=np.int64))
-    for name, array in arrays.items():
-        write_array(scratch / f"{name}.npy", array)
-    for name, (_, array) in columns.items():
-        write_array(scratch / f"{name}.npy", array)
-    write_meta(scratch, {**meta, "columns": {name: kind for name, (kind, _) in columns.items()}})
-    # what could not be opened again must not appear at the destination
-    open_dataset(scratch)
+def _entry(path: str, stamp: tuple[int, int], outcome: Outcome, gathered: GatheredClips, skip_bad: bool) -> Entry:
+    if isinstance(outcome, SkipFile):
+        return Entry(path, stamp, reason=str(outcome))
+    try:
+        if isinstance(outcome, ValueError):
+            raise outcome
+        gathered.check(outcome.name, path)
+    except ValueError as error:
+        if not skip_bad:
+            raise _hinted(error) from error
+        return Entry(path, stamp, reason=str(error).removeprefix("pack_source: "), damaged=True)
+    return Entry(path, stamp, ClipFacts.of(outcome))
+
+
+def _hinted(error: ValueError) -> ValueError:
+    return ValueError(f"{error} To pack the others, leave out what is damaged: --skip-bad (skip_bad=True).")
+
+
+def _finish(job: _Job, journal: Journal, gathered: GatheredClips) -> None:
+    folder, fmt = journal.folder / FINISHED, job.format
+    classes, class_names = gathered.classes()
+    folder.mkdir()
+    if fmt.annotations is not None and fmt.annotations.splits is not None:
+        splits = fmt.annotations.splits(job.annotations, gathered.names)
+        if splits:
+            write_json(folder / "splits.json", splits)
+    if fmt.layout is not None:
+        write_json(folder / "topology.json", topology_to_json(fmt.layout))
+    journal.writer.finish(folder / "frames.npy")
+    meta = {
+        "source": job.name,
+        "topology": fmt.topology,
+        "channels": list(fmt.channels),
+        "units": fmt.units,
+        "up_axis": fmt.up_axis,
+        "class_names": class_names,
+        "normalisation": job.normalisation,
+        "valid_frames_rule": "counted",
+        "options": job.options,
+    }
+    arrays = {"names": np.array(gathered.names), "labels": classes, **gathered.segments()}
+    write_rest(folder, meta, arrays, gathered.lengths, gathered.bodies, gathered.columns())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from fastskel.data.formats.prepared import PREPARED
-from fastskel.data.pack import PackSummary, pack_arrays
+from fastskel.data.pack_clips import pack_arrays
+from fastskel.data.pack_summary import PackSummary
 
 __all__ = ["pack_prepared"]
 
@@ -20,6 +22,7 @@ def pack_prepared(
     dst: str | os.PathLike[str],
     *,
     options: Mapping[str, Any] | None = None,
+    normalisation: str = "none",
     progress: bool = True,
 ) -> PackSummary:
     """Pack the prepared files of another tool, clips of (T, M, V, C).
@@ -27,8 +30,9 @@ def pack_prepared(
     Args:
         format_name: Name in `PREPARED`, such as "pyskl".
         src: File, or folder with the files; not an archive of them.
-        dst: Folder to create. The same files give the same bytes.
+        dst: Folder to create. The same files give the same bytes. A packing that was stopped begins again.
         options: What the files do not say about themselves, by name; None: the format's defaults.
+        normalisation: Applied to every clip: "none", "center", "center-first", "align" or "align-yaw".
         progress: Show a progress bar on standard error.
     Returns:
         Summary of what was packed and skipped.
@@ -60,7 +64,9 @@ def pack_prepared(
             channels=source.channels,
             units=source.units,
             up_axis=source.up_axis,
+            normalisation=normalisation,
             source=chosen.dataset,
+            options={option.name: getattr(chosen, option.name) for option in fields(chosen)},
         )
     except ValueError as error:
         if not str(error).startswith("pack_arrays:"):

@@ -8,6 +8,7 @@ import itertools
 import lzma
 import os
 import re
+import stat
 import tarfile
 import tempfile
 import zipfile
@@ -32,32 +33,39 @@ class SourceFiles:
         paths: Path of each file inside the source, sorted by file name.
         skipped: Path and reason of what is no clip file.
         beside: Path of each file that says something about clips, sorted.
+        stamps: Size in bytes and time of change in nanoseconds of every file of `paths` and `beside`; of members of an
+            archive the time is the archive's.
     """
 
     root: Path
     paths: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     beside: list[str] = field(default_factory=list)
+    stamps: dict[str, tuple[int, int]] = field(default_factory=dict)
     _beside: re.Pattern[str] | None = None
     _spool: IO[bytes] | None = None
     _places: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def read(self, path: str) -> bytes:
-        """Return the contents of one file, (bytes,).
+        """Return the contents of one file, (bytes,). Threads may call this at the same time.
 
         Raises:
             ValueError: If the file cannot be read.
         """
         if self._spool is not None:
             start, size = self._places[path]
-            self._spool.seek(start)
-            return self._spool.read(size)
+            # pread has a place of its own in each call, where seek and read would share one between threads
+            parts = []
+            while size and (part := os.pread(self._spool.fileno(), size, start)):
+                parts.append(part)
+                start, size = start + len(part), size - len(part)
+            return b"".join(parts)
         try:
             return (self.root / path).read_bytes()
         except OSError as error:
             raise _unreadable("readable", str(error.strerror), self.root / path) from error
 
-    def _offer(self, path: str, suffix: str, regular: bool, size: int) -> bool:
+    def _offer(self, path: str, suffix: str, regular: bool, size: int, changed: int) -> bool:
         name = PurePosixPath(path).name
         beside = self._beside is not None and self._beside.search(path) is not None
         if name.startswith("."):
@@ -72,6 +80,7 @@ class SourceFiles:
             reason = f"larger than {MAX_FILE_BYTES >> 20} MiB"
         else:
             (self.beside if beside else self.paths).append(path)
+            self.stamps[path] = (size, changed)
             return True
         self.skipped.append((path, reason))
         return False
@@ -114,9 +123,7 @@ def open_source(
     with contextlib.ExitStack() as stack:
         if root.is_dir():
             files = SourceFiles(root, _beside=beside)
-            for path in sorted(root.rglob("*")):
-                if not path.is_dir():
-                    files._offer(path.relative_to(root).as_posix(), suffix, path.is_file(), _size(path))
+            _list_folder(files, suffix, scratch)
         elif root.is_file():
             files = SourceFiles(root, _beside=beside, _spool=stack.enter_context(tempfile.TemporaryFile(dir=scratch)))
             try:
@@ -141,21 +148,41 @@ def open_source(
         yield files
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+def _list_folder(files: SourceFiles, suffix: str, scratch: Path) -> None:
+    def unlistable(error: OSError) -> None:
+        # left out in silence, its clips would be missing in silence
+        raise _unreadable("readable", str(error.strerror), Path(error.filename), "Mend it") from error
+
+    found = []
+    for folder, folders, names in os.walk(files.root, onerror=unlistable):
+        # the destination may lie inside the source
+        folders[:] = [name for name in folders if not os.path.samefile(os.path.join(folder, name), scratch)]
+        found += [(Path(folder) / name).relative_to(files.root) for name in names]
+    for path in sorted(found):
+        try:
+            status = (files.root / path).stat()
+        except OSError:
+            # a link to nothing
+            files._offer(path.as_posix(), suffix, False, 0, 0)
+            continue
+        files._offer(path.as_posix(), suffix, stat.S_ISREG(status.st_mode), status.st_size, status.st_mtime_ns)
 
 
 def _spool_archive(files: SourceFiles, suffix: str) -> None:
+    changed = files.root.stat().st_mtime_ns
     if zipfile.is_zipfile(files.root):
         with zipfile.ZipFile(files.root) as zipped:
             for entry in zipped.infolist():
-                if not entry.is_dir() and files._offer(entry.filename, suffix, True, entry.file_size):
+                if not entry.is_dir() and files._offer(entry.filename, suffix, True, entry.file_size, changed):
                     with zipped.open(entry) as stream:
                         files._keep(entry.filename, stream, entry.file_size)
-        return
-    with tarfile.open(files.root, "r:*") as archive:
-        for member in archive:
-            if not member.isdir() and files._offer(member.name, suffix, member.isfile(), member.size):
-                content = archive.extractfile(member)
-                assert content is not None
-                files._keep(member.name, content, member.size)
+    else:
+        with tarfile.open(files.root, "r:*") as archive:
+            for member in archive:
+                if not member.isdir() and files._offer(member.name, suffix, member.isfile(), member.size, changed):
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    files._keep(member.name, content, member.size)
+    assert files._spool is not None
+    # what pread reads is what the system has
+    files._spool.flush()

@@ -1,6 +1,7 @@
 """Packing a user's own clips."""
 
 import copy
+import hashlib
 
 import numpy as np
 import pytest
@@ -125,6 +126,17 @@ def test_normalisation_is_recorded(tmp_path, kind):
     dataset = run([clip()], tmp_path, normalisation=kind)
     assert dataset.meta["normalisation"] == kind
     np.testing.assert_array_equal(dataset.clip(0), normalise(clip(), kind, topology("sbu-15")))
+
+
+def test_options_are_recorded_as_plain_values(tmp_path):
+    (tmp_path / "list.csv").write_text("a,b\n")
+    options = {"rate": 30, "joints": ("a", "b"), "labels": tmp_path / "list.csv", "none": None, "odd": 1j}
+    recorded = run([clip()], tmp_path, options=options).meta["options"]
+    digest = hashlib.sha256(b"a,b\n").hexdigest()
+    labels = {"file": "list.csv", "sha256": digest}
+    assert recorded == {"rate": 30, "joints": ["a", "b"], "labels": labels, "none": None, "odd": "1j"}
+    with pytest.raises(ValueError, match="pack_arrays: options must be a mapping from name to value, got 3"):
+        pack.pack_arrays([clip()], topology="sbu-15", out=tmp_path / "other", options=3)
 
 
 def test_existing_destination_is_untouched(tmp_path):

@@ -74,7 +74,7 @@ class Format:
         class_names: Names of the K classes; empty where the clips bring theirs.
         columns: Names of the per-clip columns.
         read: Reads (contents, path for messages), and options after them if there are any; raises ValueError naming
-            the path, or SkipFile.
+            the path, or SkipFile. Several threads call it at once, in any order of the files.
         options: Frozen dataclass with the defaults of what a user may choose, None where there is no choice.
         frame_columns: Names of the per-frame columns.
         annotations: Files beside the clips that `read` needs, as its keyword `annotations`.

@@ -97,7 +97,7 @@ def test_sources_and_options(tmp_path):
         with pytest.raises(ValueError, match=f"^pack_source: .*{reason}, in .*folder"):
             pack_source(name, tmp_path / "folder", tmp_path / "out", progress=False)
         assert entry.about and not entry.about.endswith(".")
-    assert set(PREPARED) == {"agcn", "ctr-gcn", "pku-mmd-pkl", "pyskl"} and not set(PREPARED) & set(FORMATS)
+    assert set(PREPARED) == {"agcn", "ctr-gcn", "pku-mmd-pkl", "pyskl", "pyskl-kinetics"} and not set(PREPARED) & set(FORMATS)
     assert all(FORMATS[name].about for name in FORMATS)
 
 
