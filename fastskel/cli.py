@@ -1,4 +1,4 @@
-"""The command line: `fastskel pack | unpack | info | show | check | pretrain | evaluate | export | demo`."""
+"""The command line: `fastskel pack | unpack | convert | info | show | check | pretrain | evaluate | export | demo`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
-from fastskel.cli_pack import list_formats, pack_commands, unpack_commands
+from fastskel.cli_pack import convert, list_formats, pack_commands, unpack_commands
 
 if TYPE_CHECKING:
     from fastskel.data.packed import PackedDataset
@@ -29,6 +29,7 @@ ABOUT = f"""usage: {PROG} COMMAND ...
 
   pack SOURCE SRC DST           raw or prepared files into a packed data set
   unpack FORMAT DATA DST        a packed data set into the files of another tool
+  convert DATA DST --to NAME    a packed data set with another skeleton
   info DATA                     what a packed data set holds
   show DATA CLIP                pictures of one clip
   check DATA                    what is wrong with a packed data set
@@ -351,6 +352,7 @@ def _pretrain_commands() -> dict[str, Command]:
 COMMANDS: Mapping[str, Command | tuple[str, Callable[[], dict[str, Command]]]] = {
     "pack": ("SOURCE", pack_commands),
     "unpack": ("FORMAT", unpack_commands),
+    "convert": convert,
     "info": info,
     "show": show,
     "check": check,

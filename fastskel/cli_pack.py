@@ -1,4 +1,4 @@
-"""The commands that bring data in and out: one of `pack` for each source, one of `unpack` for each tool."""
+"""The commands that bring data in and out: one of `pack` for each source, one of `unpack` for each tool, and `convert`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Fixed, Positional, Suppress, arg
 
-__all__ = ["list_formats", "pack_commands", "unpack_commands"]
+__all__ = ["convert", "list_formats", "pack_commands", "unpack_commands"]
 
 Command = Callable[..., None]
 Src = Annotated[Positional[Path], arg(metavar="SRC")]
@@ -133,3 +133,26 @@ def _unpack_command(name: str) -> Command:
         writer: What the writer of {name} lets one choose.
     """
     return unpack
+
+
+def convert(data: Data, dst: Dst, to: str, quiet: bool = False) -> None:
+    """Pack a data set again with another skeleton, where joints correspond.
+
+    A joint of the new skeleton takes the joint of its name, the one that other sensors put in its place, or the mean of
+    left and right; what is left is zero, absent. Labels, columns, segments and splits stay as they are. Data that were
+    normalised when packed are refused.
+
+    Args:
+        data: Packed data set of clips (T, M, V, C).
+        dst: Folder to create.
+        to: Name of the skeleton, such as coco-17, or a JSON file that holds one.
+        quiet: Show no progress bar.
+    """
+    from fastskel.data.convert import convert_dataset, correspondence
+    from fastskel.data.packed import open_dataset
+
+    source = open_dataset(data)
+    done = convert_dataset(source, to, dst, progress=not quiet)
+    counts = f"{len(done):,} clips, {len(done.frames):,} frames"
+    print(f"converted {counts}, from {source.topology.name} to {done.topology.name}, into {dst}")
+    print(correspondence(source.topology, done.topology))

@@ -29,7 +29,7 @@ SMALL_OPTIONS = (
     "--threads 1 --device cpu --quiet"
 )
 SMALL = SMALL_OPTIONS.split()
-COMMANDS = ("pack", "unpack", "info", "show", "check", "pretrain", "evaluate", "export", "demo")
+COMMANDS = ("pack", "unpack", "convert", "info", "show", "check", "pretrain", "evaluate", "export", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,7 @@ def test_help(capsys) -> None:
     "command, words",
     [
         ("info", ["DATA", "--verify"]),
+        ("convert", ["DATA", "DST", "--to", "--quiet", "normalised when packed are refused"]),
         ("show", ["DATA", "CLIP", "--out"]),
         ("check", ["DATA", "--protocol", "--split-file", "--json", "--picture", "--crop", "--fail-on", "--quiet"]),
         ("export", ["RUN", "--to", "--out"]),
@@ -133,7 +134,7 @@ def test_help_of_recipes_is_complete(capsys, recipe) -> None:
 
 def test_unknown_names(capsys) -> None:
     error = refused(capsys, "pretrian")
-    assert error.startswith("error: fastskel: COMMAND must be one of pack, unpack, info,")
+    assert error.startswith("error: fastskel: COMMAND must be one of pack, unpack, convert, info,")
     assert "got 'pretrian'. Did you mean pretrain?" in error
     error = refused(capsys, "pretrain", "usdrl-smal", "data")
     assert "RECIPE must be one of usdrl-demo," in error and "Did you mean usdrl-small" in error

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+
+import numpy as np
+
 from fastskel.cli import main
-from fastskel.data import make_synthetic, open_dataset
+from fastskel.data import convert_joints, make_synthetic, open_dataset, pack_arrays, pack_source
 from fastskel.data.formats import FORMATS, PREPARED
+from fastskel.data.writer import FramesWriter
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -39,3 +46,95 @@ def test_unpack_and_pack_again(tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "bad.pkl").write_bytes(b"cos\nsystem\nX\x02\0\0\0ls\x85R.")
     assert "the name os.system, not looked up" in refused(capsys, "pack", "pyskl", "bad.pkl", "out", "--quiet")
     assert not (tmp_path / "out").exists()
+
+
+def same_but_the_skeleton(first, second) -> None:
+    for name in ("offsets", "names", "labels", "num_bodies", "segments"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+    assert first.columns.keys() == second.columns.keys() and first.splits.keys() == second.splits.keys()
+    for name, values in first.columns.items():
+        np.testing.assert_array_equal(values, second.columns[name])
+    for protocol, parts in first.splits.items():
+        assert {part: index.tolist() for part, index in parts.items()} == {
+            part: index.tolist() for part, index in second.splits[protocol].items()
+        }
+    assert {**first.meta, "topology": "", "checksums": {}} == {**second.meta, "topology": "", "checksums": {}}
+
+
+def full_after_one():
+    append, calls = FramesWriter.append, iter([True])
+
+    def until_full(writer: FramesWriter, frames: np.ndarray) -> None:
+        if not next(calls, False):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(writer, frames)
+
+    return until_full
+
+
+def test_convert(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = make_synthetic("data", num_clips=6, num_classes=3, num_subjects=2, bodies=2)
+    assert main(["convert", "data", "coco", "--to", "coco-17"]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        f"converted 6 clips, {len(data.frames):,} frames, from ntu-25 to coco-17, into coco",
+        "  12 of 17 joints from those of their names",
+        "  nose from head",
+        "  absent, zero in all frames: left_eye, right_eye, left_ear, right_ear",
+    ]
+    assert "converting to coco-17: 100%" in said.err
+    coco = open_dataset("coco", verify=True)
+    same_but_the_skeleton(data, coco)
+    assert coco.splits and coco.columns
+    for number in range(6):
+        np.testing.assert_array_equal(coco.clip(number), convert_joints(data.clip(number), data.topology, coco.topology))
+    assert main(["convert", "coco", "sbu", "--to", "sbu-15", "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert "  neck from left_shoulder and right_shoulder, their mean\n" in said.out and said.err == ""
+    assert main(["convert", "coco", "again", "--to", "sbu-15", "--quiet"]) == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "sbu").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()
+    }
+
+
+def test_convert_keeps_untrimmed_labels(tmp_path, capsys) -> None:
+    # a published list has a segment that ends before it starts, and one may be empty
+    source = tmp_path / "pku"
+    for name, text in {"label/0002-L.txt": "1,3,2,1\n2,1,1,0\n", "0002-L.txt": (" 1" * 150 + "\n") * 3 + " 0" * 150}.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    pack_source("pku-mmd", source, tmp_path / "data", progress=False)
+    assert main(["convert", str(tmp_path / "data"), str(tmp_path / "out"), "--to", "kinect-20-ucla", "--quiet"]) == 0
+    out = open_dataset(tmp_path / "out", verify=True)
+    same_but_the_skeleton(open_dataset(tmp_path / "data"), out)
+    # a frame without anyone stays
+    assert out.segments is not None and out.segments[:, 2:4].tolist() == [[3, 2], [1, 1]] and len(out.clip(0)) == 4
+
+
+def test_convert_to_a_skeleton_from_a_file(tmp_path, capsys) -> None:
+    make_synthetic(tmp_path / "data", num_clips=2)
+    content = {"name": "arm", "joints": ["left_shoulder", "left_elbow", "left_tip"], "parents": [0, 0, 1]}
+    (tmp_path / "arm.json").write_text(json.dumps(content))
+    assert main(["convert", str(tmp_path / "data"), str(tmp_path / "arm"), "--to", str(tmp_path / "arm.json"), "--quiet"]) == 0
+    assert "absent, zero in all frames: left_tip" in capsys.readouterr().out
+    arm = open_dataset(tmp_path / "arm", verify=True)
+    assert arm.topology.joints == ("left_shoulder", "left_elbow", "left_tip") and arm.frames[:, :, :2].any()
+
+
+def test_convert_refuses(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = make_synthetic("data", num_clips=2)
+    pack_arrays([data.clip(0)], out="centred", topology="ntu-25", normalisation="center")
+    assert "normalisation 'none', got 'center' in centred" in refused(capsys, "convert", "centred", "out", "--to", "coco-17")
+    error = refused(capsys, "convert", "data", "out", "--to", "coco-18")
+    assert "convert_dataset: target must be one of coco-17," in error and "or a JSON file, got 'coco-18'" in error
+    assert "destination must be new" in refused(capsys, "convert", "data", "centred", "--to", "coco-17")
+    (tmp_path / "tail.json").write_text(json.dumps({"name": "tail", "joints": ["tip"], "parents": [0]}))
+    assert "must share joints with 'ntu-25' of data, got 'tail'" in refused(capsys, "convert", "data", "out", "--to", "tail.json")
+    error = refused(capsys, "convert", "nothing", "out", "--to", "coco-17")
+    assert "open_dataset: path must be a packed data set" in error
+    # a disk that is full in the middle of the second clip leaves nothing half-written
+    monkeypatch.setattr("fastskel.data.writer.FramesWriter.append", full_after_one())
+    assert "No space left on device, in out" in refused(capsys, "convert", "data", "out", "--to", "coco-17", "--quiet")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["centred", "data", "tail.json"]

@@ -6,12 +6,13 @@ import math
 import os
 import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from fastskel.data.npy_file import map_npy
 from fastskel.data.packed import check_column_name
 from fastskel.skeleton import Topology
 
@@ -103,8 +104,8 @@ class ClipReader:
     def _frames(self, clip: Any) -> NDArray[np.float32]:
         try:
             # numbers only: neither a file nor an object array may run code
-            values = npy.open_memmap(clip, mode="r") if isinstance(clip, (str, os.PathLike)) else np.asarray(clip)
-        except (ValueError, TypeError, OSError, EOFError, SyntaxError) as error:
+            values = map_npy(Path(clip)) if isinstance(clip, (str, os.PathLike)) else np.asarray(clip)
+        except (ValueError, TypeError, OSError) as error:
             contract = "an array or a complete .npy file of numbers"
             raise _fault(self.where, contract, f"an unreadable one ({error})", "Fix or remove it") from error
         if values.dtype.kind not in "fiu":

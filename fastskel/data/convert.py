@@ -10,16 +10,15 @@ Layouts that differ in a joint's place by some centimetres stay so.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastskel.data.pack import pack_arrays
-from fastskel.data.packed import PackedDataset
-from fastskel.skeleton import Topology, topology
+from fastskel.data.packed import PackedDataset, open_dataset
+from fastskel.data.topology_file import named_or_read_topology, topology_to_json
+from fastskel.data.writer import FramesWriter, destination, write_array, write_json, write_meta
+from fastskel.skeleton import TOPOLOGIES, Topology
 
 __all__ = ["Correspondence", "convert_dataset", "convert_joints", "correspondence"]
 
@@ -48,6 +47,12 @@ class Correspondence:
     sources: tuple[tuple[int, ...], ...]
     renamed: tuple[str, ...]
     missing: tuple[str, ...]
+
+    def __str__(self) -> str:
+        same = len(self.sources) - len(self.renamed) - len(self.missing)
+        lines = [f"  {same} of {len(self.sources)} joints from those of their names"]
+        lines += [f"  {text}{', their mean' if ' and ' in text else ''}" for text in self.renamed]
+        return "\n".join([*lines, f"  absent, zero in all frames: {', '.join(self.missing)}"] if self.missing else lines)
 
 
 def correspondence(source: Topology, target: Topology) -> Correspondence:
@@ -96,25 +101,36 @@ def convert_joints(clips: NDArray[np.float32], source: Topology, target: Topolog
     return out
 
 
-def convert_dataset(dataset: PackedDataset, target: str | Topology, out: str | os.PathLike[str]) -> PackedDataset:
+def convert_dataset(
+    dataset: PackedDataset, target: str | Topology, out: str | os.PathLike[str], *, progress: bool = False
+) -> PackedDataset:
     """Pack a data set's clips (T, M, V, C) again with another skeleton; everything else stays as it is.
 
     Args:
-        dataset: Packed clips.
-        target: Registered layout, or its name.
+        dataset: Packed clips, read and written one at a time.
+        target: Layout, the name of a registered one, or a JSON file that holds one.
         out: Folder to create.
+        progress: Show a progress bar on standard error.
     Returns:
-        The packed data set, opened; its frames are as many as before, also those that lost all their joints.
+        The packed data set, opened. Its frames are as many as before, also those that lost all their joints; labels,
+        columns, segments and splits are those of `dataset`.
     Raises:
-        ValueError: If the clips were normalised when packed, no joint corresponds, the layout is not registered, or the folder
-            exists.
+        ValueError: If the clips were normalised when packed, no joint corresponds, the layout has the name of another
+            registered one, or the folder exists.
     """
-    layout = topology(target) if isinstance(target, str) else target
+    from tqdm import tqdm
+
+    layout = named_or_read_topology(target, "convert_dataset: target")[0] if isinstance(target, str) else target
     if dataset.meta["normalisation"] != "none":
         # a centred joint is zero, which reads as absent
         raise ValueError(
             f"convert_dataset: dataset must be packed with normalisation 'none', got {dataset.meta['normalisation']!r} in "
             f"{dataset.path}. Convert first, normalise afterwards."
+        )
+    new = layout.name not in TOPOLOGIES
+    if not new and TOPOLOGIES[layout.name] != layout:
+        raise ValueError(
+            f"convert_dataset: target must have a name of its own, got the registered {layout.name!r}. Rename it."
         )
     found = correspondence(dataset.topology, layout)
     if len(found.missing) == layout.num_joints:
@@ -122,22 +138,26 @@ def convert_dataset(dataset: PackedDataset, target: str | Topology, out: str | o
             f"convert_dataset: target must share joints with {dataset.topology.name!r} of {dataset.path}, got {layout.name!r}, "
             "which has none of them. Choose another."
         )
-
-    def clips() -> Iterator[NDArray[np.float32]]:
-        for number in range(len(dataset)):
-            yield convert_joints(dataset.clip(number), dataset.topology, layout)
-
-    meta = dataset.meta
-    columns: dict[str, Any] = {}
-    for name in dataset.columns:
-        whole = dataset.column(name)
-        columns[name] = (
-            [dataset.column(name, number) for number in range(len(dataset))] if dataset.per_frame(name) else whole
-        )
-    return pack_arrays(
-        clips(), out=out, topology=layout, labels=dataset.labels, names=dataset.names.tolist(), columns=columns,
-        splits={name: {part: index.tolist() for part, index in parts.items()} for name, parts in dataset.splits.items()},
-        segments=dataset.segments, class_names=dataset.class_names, num_frames=dataset.num_frames,
-        num_bodies=dataset.num_bodies_max, channels=meta["channels"], units=meta["units"], up_axis=meta["up_axis"],
-        normalisation="none", source=dataset.source,
-    )  # fmt: skip
+    with destination("convert_dataset", out) as scratch:
+        writer = FramesWriter(scratch)
+        try:
+            for number in tqdm(range(len(dataset)), f"converting to {layout.name}", unit="clip", disable=not progress):
+                writer.append(convert_joints(dataset.clip(number), dataset.topology, layout))
+            writer.finish(scratch / "frames.npy")
+        finally:
+            writer.close()
+        # as they are, also a segment that ends before it starts, where the source has one
+        arrays = {name: getattr(dataset, name) for name in ("offsets", "names", "labels", "num_bodies")} | dataset.columns
+        if dataset.segments is not None:
+            arrays["segments"] = dataset.segments
+        for name, array in arrays.items():
+            write_array(scratch / f"{name}.npy", array)
+        if dataset.splits:
+            parts = {name: {part: index.tolist() for part, index in split.items()} for name, split in dataset.splits.items()}
+            write_json(scratch / "splits.json", parts)
+        if new:
+            write_json(scratch / "topology.json", topology_to_json(layout))
+        write_meta(scratch, {**dataset.meta, "topology": layout.name})
+        # what could not be opened again must not appear at the destination
+        open_dataset(scratch)
+    return open_dataset(out)

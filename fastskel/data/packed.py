@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from fastskel.data.npy_file import map_npy
 from fastskel.data.topology_file import topology_from_json
 from fastskel.skeleton import TOPOLOGIES, Topology
 
@@ -237,9 +237,10 @@ def _existing(path: Path) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    data = _existing(path).read_bytes()
     try:
-        content = json.loads(_existing(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise _fault("file", "JSON", f"an unreadable one ({error})", path) from error
     if not isinstance(content, dict):
         raise _fault("file", "a JSON object", type(content).__name__, path)
@@ -290,14 +291,10 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 def _read_array(path: Path, kinds: str, ndim: int, *, mapped: bool = False) -> NDArray[Any]:
     try:
-        with _existing(path).open("rb") as file:
-            if mapped:
-                array: NDArray[Any] = npy.open_memmap(path, mode="r")
-            else:
-                array = npy.read_array(file, allow_pickle=False)
-                if file.read(1):
-                    raise ValueError("bytes after the array")
-    except (ValueError, OSError, EOFError, TypeError, SyntaxError) as error:
+        array = map_npy(_existing(path))
+        if not mapped:
+            array = np.array(array)
+    except (ValueError, OSError) as error:
         if str(error).startswith("open_dataset:"):
             raise
         raise _fault(

@@ -334,9 +334,10 @@ def _from_file(dataset: PackedDataset, split_file: Any) -> Split:
         parts = [[line.strip() for line in lines if line.strip()] for lines in members]
     else:
         paths = [Path(split_file)] * 2
+        text = _text(paths[0])
         try:
-            content = json.loads(_text(paths[0]))
-        except (json.JSONDecodeError, RecursionError) as error:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise _fault("split_file", f"unreadable JSON ({error})", paths[0], "Correct the file") from error
         if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in ("train", "test")):
             raise _fault("split_file", "no lists under train and test", paths[0], "Add them")

@@ -20,9 +20,29 @@ from typing import IO
 
 __all__ = ["SourceFiles", "open_source"]
 
-_DAMAGED = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, RuntimeError)
+_DAMAGED = (
+    OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, RuntimeError,
+    # out of tarfile and zipfile, which look at the last letter of an empty name; a compressor may claim any memory
+    IndexError, MemoryError,
+)  # fmt: skip
+# kinds of headers that tarfile reads whole whatever size they claim, and what no name needs
+_EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
+MAX_HEADER_BYTES = 1 << 20
+# how tar archives begin that are compressed: told by themselves, not tried one after another
+_COMPRESSED = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz"}
 # a clip of an hour is some tens of megabytes as text: whatever is larger is no clip
 MAX_FILE_BYTES = 256 << 20
+
+
+class _Member(tarfile.TarInfo):
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        member: _Member = super().frombuf(buf, encoding, errors)
+        if member.type in _EXTENDED and member.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header of {member.size:,} bytes")
+        return member
 
 
 @dataclass
@@ -133,8 +153,9 @@ def open_source(
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
                 contract = "a folder or a complete tar or zip archive"
-                # one line: tarfile lists every compression that it tried
-                reason = " ".join(str(error).split())
+                # one line, of a length to read: zipfile says what it found
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                reason = reason if reason.isprintable() else repr(reason)
                 raise _unreadable(contract, f"a damaged one ({reason})", root) from error
         else:
             raise _unreadable("a folder or an archive", "nothing", root, "Correct the path")
@@ -177,7 +198,10 @@ def _spool_archive(files: SourceFiles, suffix: str) -> None:
                     with zipped.open(entry) as stream:
                         files._keep(entry.filename, stream, entry.file_size)
     else:
-        with tarfile.open(files.root, "r:*") as archive:
+        with files.root.open("rb") as file:
+            start = file.read(max(map(len, _COMPRESSED)))
+        compression = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), "")
+        with tarfile.open(files.root, f"r:{compression}", tarinfo=_Member) as archive:  # type: ignore[call-overload]
             for member in archive:
                 if not member.isdir() and files._offer(member.name, suffix, member.isfile(), member.size, changed):
                     content = archive.extractfile(member)

@@ -12,6 +12,8 @@ from fastskel.skeleton import AXES, PARTS, TOPOLOGIES, Topology
 
 __all__ = ["named_or_read_topology", "topology_from_json", "topology_to_json"]
 
+# characters of what is wrong
+_MOST_SHOWN = 300
 _KEYS = ("name", "joints", "parents", "bones", "variants", "centre", "mirror", "parts", "axes")
 
 
@@ -24,22 +26,23 @@ def topology_to_json(layout: Topology) -> dict[str, Any]:
     return {**content, "joints": list(layout.joints), "mirror": list(layout.mirror), "variants": list(layout.bones)}
 
 
-def named_or_read_topology(text: str) -> tuple[Topology, bool]:
+def named_or_read_topology(text: str, argument: str = "pack_source: option topology") -> tuple[Topology, bool]:
     """Return the layout of V joints of a registered name, or the one in a JSON file, and whether it is a file's.
 
     Raises:
-        ValueError: If there is no such name or file, or the file's layout is none, or has a registered name.
+        ValueError: If there is no such name or file, or the file's layout is none, or has a registered name; names the
+            argument that `text` is.
     """
     if text in TOPOLOGIES:
         return TOPOLOGIES[text], False
     path = Path(text)
     if not text or not path.is_file():
         raise ValueError(
-            f"pack_source: option topology must be one of {', '.join(TOPOLOGIES)} or a JSON file, got {text!r}. Choose one."
+            f"{argument} must be one of {', '.join(TOPOLOGIES)} or a JSON file, got {text!r}. Choose one."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _wrong("file", "readable JSON", str(error), path) from error
     layout = topology_from_json(content, path)
     if layout.name in TOPOLOGIES:
@@ -80,7 +83,7 @@ def topology_from_json(content: Any, path: str | os.PathLike[str]) -> Topology:
     mirror = content.get("mirror", [_other_side(joint, joints) for joint in joints])
     axes, parts = content.get("axes", _axes(joints)), content.get("parts", _parts(joints))
     if not isinstance(axes, Mapping) or not isinstance(parts, Mapping):
-        raise _wrong("axes and parts", "objects of joint lists", repr(axes)[:80], path)
+        raise _wrong("axes and parts", "objects of joint lists", repr(axes), path)
     try:
         return Topology(
             name,
@@ -92,11 +95,13 @@ def topology_from_json(content: Any, path: str | os.PathLike[str]) -> Topology:
             {axis: _joints(found, joints, f"axis {axis!r}", path) for axis, found in axes.items()},
         )
     except ValueError as error:
-        raise ValueError(f"{error} It is in {os.fspath(path)}.") from error
+        raise ValueError(f"{error!s:.600} It is in {os.fspath(path)}.") from error
 
 
 def _wrong(argument: str, contract: str, actual: str, path: str | os.PathLike[str]) -> ValueError:
-    return ValueError(f"topology_from_json: {argument} must be {contract}, got {actual}, in {os.fspath(path)}. Correct it.")
+    # a file may hold anything, and the message is one line
+    shown = [text[:_MOST_SHOWN] if text[:_MOST_SHOWN].isprintable() else repr(text[:_MOST_SHOWN]) for text in (contract, actual)]
+    return ValueError(f"topology_from_json: {argument} must be {shown[0]}, got {shown[1]}, in {os.fspath(path)}. Correct it.")
 
 
 def _joints(members: Any, joints: list[str], what: str, path: str | os.PathLike[str]) -> tuple[int, ...]:

@@ -91,6 +91,10 @@ def claiming(num_frames):
         (read_csv, csv_bytes(values(2, 15, 3))[:-20], "45 numbers in every row, got 44 in line 2|made of numbers"),
         (read_csv, csv_bytes(values(2, 14, 3)), "rows of M x 15 joints x 3 numbers, got 42 numbers a row"),
         (read_csv, csv_bytes(values(2, 15, 3)) + b"\n1" + b",1" * 43 + b",x\n", "'x' in line 4"),
+        (read_csv, b"1_0" + b",1" * 44 + b"\n", "made of numbers, got '1_0' in line 1"),
+        (read_csv, "\u0663".encode() + b",1" * 44 + b"\n", "made of numbers, got '\u0663' in line 1"),
+        (read_csv, b"x" * 5000 + b",1" * 44 + b"\n", "made of numbers, got 'x{80}' in line 1"),
+        (read_json, b"[[[" + b"9" * 5000 + b"]]]", "complete JSON, got an unreadable one .Exceeds the limit"),
     ],
 )
 def test_bad_files(read, data, message):

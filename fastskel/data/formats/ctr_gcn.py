@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import math
 import zipfile
 import zlib
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fastskel.data.formats.format import unreadable
@@ -24,13 +24,16 @@ from fastskel.data.formats.prepared import (
     trimmed,
     whole_labels,
 )
+from fastskel.data.npy_file import read_npy_header
 from fastskel.skeleton import topology
 
 __all__ = ["CtrGcnOptions", "open_ctr_gcn"]
 
 # 300 frames of two bodies are 180 kB; whatever is larger is no clip
 MAX_ROW_BYTES = 64 << 20
-_DAMAGED = (ValueError, OSError, EOFError, TypeError, SyntaxError, RuntimeError, zipfile.BadZipFile, zlib.error)
+# deflate makes a byte of at most so many
+MAX_RATIO = 1032
+_DAMAGED = (ValueError, OSError, EOFError, TypeError, SyntaxError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 _PARTS = ("train", "test")
 
 
@@ -69,8 +72,7 @@ def open_ctr_gcn(path: Path, options: CtrGcnOptions) -> PreparedClips:
         with zipfile.ZipFile(path) as archive:
             present = [part for part in _PARTS if f"x_{part}.npy" in archive.namelist()]
             for part in present:
-                with archive.open(f"x_{part}.npy") as stream:
-                    shape, _ = _header(stream, path)
+                shape = _shape(archive, f"x_{part}", path)
                 if len(shape) != 3 or shape[2] % size or 0 in shape:
                     contract = f"x_{part} of shape (N, T, bodies * {size})"
                     raise unreadable(contract, shape, str(path), "Name another topology")
@@ -102,15 +104,26 @@ def _damaged(error: BaseException, path: Path) -> ValueError:
 
 
 def _header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = npy.read_magic(stream)
-    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
-    if read is None:
-        raise ValueError(f"version {version} of the .npy format")
-    shape, fortran, dtype = read(stream)
+    shape, fortran, dtype = read_npy_header(stream)
     if fortran or dtype.kind not in "fiub":
         actual = f"{dtype}{' in Fortran order' if fortran else ''}"
         raise unreadable("made of arrays of numbers in C order", actual, str(path))
     return shape, dtype
+
+
+def _shape(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[int, ...]:
+    """Shape of an array that its member has the bytes for: a header, and a directory of the archive, can claim any number."""
+    member = archive.getinfo(f"{name}.npy")
+    with archive.open(member) as stream:
+        shape, dtype = _header(stream, path)
+        size = stream.tell() + math.prod(shape) * dtype.itemsize
+    if size != member.file_size:
+        raise ValueError(f"{name} of {member.file_size} bytes for shape {shape}, not {size}")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} compressed in another way than NumPy does")
+    if size > MAX_RATIO * min(member.compress_size + 1, path.stat().st_size):
+        raise ValueError(f"{name} of {size} bytes, in {member.compress_size} of the file")
+    return shape
 
 
 def _rows(archive: zipfile.ZipFile, name: str, path: Path) -> Iterator[NDArray[Any]]:
@@ -132,13 +145,16 @@ def _rows(archive: zipfile.ZipFile, name: str, path: Path) -> Iterator[NDArray[A
 def _labels(archive: zipfile.ZipFile, part: str, num_clips: int, path: Path) -> NDArray[np.int64]:
     if f"y_{part}.npy" not in archive.namelist():
         raise unreadable(f"with y_{part} beside x_{part}", "none", str(path))
+    shape = _shape(archive, f"y_{part}", path)
+    if len(shape) not in (1, 2):
+        raise unreadable(f"y_{part} one-hot, (N, K)", f"shape {shape}", str(path))
+    if shape[0] != num_clips:
+        raise unreadable(f"y_{part} of {num_clips} rows as x_{part}", shape[0], str(path))
     labels = []
     for number, row in enumerate(_rows(archive, f"y_{part}", path)):
-        if row.ndim > 1 or (row.ndim == 1 and (np.count_nonzero(row) != 1 or row.max() != 1)):
+        if row.ndim == 1 and (np.count_nonzero(row) != 1 or row.max() != 1):
             raise unreadable(f"y_{part} one-hot, (N, K)", f"something else in row {number}", str(path))
         labels.append(int(row.argmax()) if row.ndim else row.item())
-    if len(labels) != num_clips:
-        raise unreadable(f"y_{part} of {num_clips} rows as x_{part}", len(labels), str(path))
     return whole_labels(labels, path)
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,10 @@ from numpy.typing import NDArray
 from fastskel.registry import Registry
 from fastskel.skeleton import TOPOLOGIES, Topology
 
-__all__ = ["FORMATS", "Annotations", "Format", "SkipFile", "SourceClip", "finite_frames", "unreadable"]
+__all__ = ["FORMATS", "Annotations", "Format", "SkipFile", "SourceClip", "clip_name", "finite_frames", "unreadable"]
+
+# characters of what is wrong with a file
+_MOST_SHOWN = 300
 
 
 class SkipFile(Exception):
@@ -150,7 +154,25 @@ def unreadable(
     contract: str, actual: object, path: str, action: str = "Fetch the file again or remove it"
 ) -> ValueError:
     """Return the error for a file at `path` (a scalar string) that cannot be read."""
-    return ValueError(f"pack_source: file must be {contract}, got {actual}, in {path}. {action}.")
+    # a file may hold anything, and the message is one line
+    shown = str(actual)
+    if len(shown) > _MOST_SHOWN:
+        shown = f"{shown[:_MOST_SHOWN]}..."
+    if not shown.isprintable():
+        shown = repr(shown)
+    return ValueError(f"pack_source: file must be {contract}, got {shown}, in {path}. {action}.")
+
+
+def clip_name(path: str) -> str:
+    """Return the name that a file gives its clip (a scalar string): that of the file without its suffix.
+
+    Raises:
+        ValueError: If it is empty or not printable.
+    """
+    name = PurePosixPath(path).stem
+    if not name.strip() or not name.isprintable():
+        raise unreadable("named in printable characters", repr(name), path, "Rename it")
+    return name
 
 
 def finite_frames(values: NDArray[np.generic], path: str) -> NDArray[np.float32]:
@@ -163,7 +185,7 @@ def finite_frames(values: NDArray[np.generic], path: str) -> NDArray[np.float32]
         raise unreadable("made of numbers", f"values of type {values.dtype}", path)
     if len(values) == 0:
         raise unreadable("at least one frame", "none", path)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         frames = np.ascontiguousarray(values, dtype=np.float32)
     finite = np.isfinite(frames).reshape(len(frames), -1).all(axis=1)
     if not finite.all():

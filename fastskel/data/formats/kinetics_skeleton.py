@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastskel.data.formats.format import FORMATS, Annotations, Format, SkipFile, SourceClip, finite_frames, unreadable
+from fastskel.data.formats.format import (
+    FORMATS,
+    Annotations,
+    Format,
+    SkipFile,
+    SourceClip,
+    clip_name,
+    finite_frames,
+    unreadable,
+)
 from fastskel.skeleton import topology
 
 __all__ = ["TOPOLOGY", "KineticsOptions", "read"]
@@ -66,7 +75,7 @@ def read(
     """
     try:
         content = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise unreadable("complete JSON", f"an unreadable one ({error})", path) from error
     listed = content.get("data") if isinstance(content, dict) else None
     if not isinstance(listed, list) or not all(isinstance(frame, dict) for frame in listed):
@@ -91,7 +100,7 @@ def read(
         frames[number - numbers[0], : len(found)] = found
     folders = {part.lower() for part in PurePosixPath(path).parts[:-1]}
     train = 1 if "kinetics_train" in folders else 0 if "kinetics_val" in folders else -1
-    return SourceClip(PurePosixPath(path).stem, finite_frames(frames, path), label, {"train": train}, class_name=class_name)
+    return SourceClip(clip_name(path), finite_frames(frames, path), label, {"train": train}, class_name=class_name)
 
 
 def _bodies(frame: Mapping[str, Any], path: str) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastskel.data.formats.clip_labels import LabelOptions, wrong_option
-from fastskel.data.formats.format import Format, SourceClip, finite_frames, unreadable
+from fastskel.data.formats.format import Format, SourceClip, clip_name, finite_frames, unreadable
 from fastskel.data.formats.kinematics import Link, world_positions
 from fastskel.data.packed import UP_AXES, check_column_name
 from fastskel.data.topology_file import named_or_read_topology
@@ -312,4 +312,4 @@ def motion_clip(
 ) -> SourceClip:
     """Make a clip of frames (T, 1, V, 3) from a file at a path, with columns of its own and those of its name."""
     named, label = clip_columns(options, path)
-    return SourceClip(PurePosixPath(path).stem, frames, -1, {**columns, **named}, class_name=label, notes=tuple(notes))
+    return SourceClip(clip_name(path), frames, -1, {**columns, **named}, class_name=label, notes=tuple(notes))

@@ -81,7 +81,7 @@ class NtuOptions:
         try:
             text = Path(self.missing).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise _wrong("missing", "a readable list", f"{error}", "Correct the path or the file") from error
+            raise _wrong("missing", "a readable list", f"{error}, in {self.missing}", "Correct the path or the file") from error
         # the published lists begin with a sentence or two about themselves
         names = frozenset(match[0] for match in _NAME.finditer(text))
         if not names:

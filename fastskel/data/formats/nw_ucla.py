@@ -47,7 +47,7 @@ def read(data: bytes, path: str) -> SourceClip:
         raise unreadable("named a<class>_s<subject>_e<episode>_v<camera>.json", PurePosixPath(path).name, path)
     try:
         content = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise unreadable("complete JSON", f"an unreadable one ({error})", path) from error
     if not isinstance(content, dict) or not isinstance(content.get("skeletons"), list):
         raise unreadable("a JSON object with the list `skeletons`", "none", path)

@@ -7,16 +7,15 @@ import json
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fastskel.data.formats.clip_labels import LabelOptions, wrong_option
-from fastskel.data.formats.format import FORMATS, Format, SourceClip, finite_frames, unreadable
+from fastskel.data.formats.format import FORMATS, Format, SourceClip, clip_name, finite_frames, unreadable
 from fastskel.data.formats.text_rows import number_rows, text_lines
+from fastskel.data.npy_file import read_npy_header
 from fastskel.data.topology_file import named_or_read_topology
 from fastskel.skeleton import Topology
 
@@ -77,10 +76,8 @@ def read_npy(data: bytes, path: str, options: PlainOptions = PlainOptions()) -> 
     stream = io.BytesIO(data)
     contract = "a complete .npy array without Python objects"
     try:
-        header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(stream)]
-        shape, by_columns, dtype = header(stream)
-    # numpy raises many kinds of error on damaged headers; whichever it is, the file is at fault
-    except Exception as error:
+        shape, by_columns, dtype = read_npy_header(stream)
+    except ValueError as error:
         raise unreadable(contract, f"an unreadable one ({error})", path) from error
     if dtype.kind not in "fiu":
         raise unreadable("made of numbers", f"values of type {dtype}", path)
@@ -106,7 +103,7 @@ def read_json(data: bytes, path: str, options: PlainOptions = PlainOptions()) ->
     """
     try:
         content = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise unreadable("complete JSON", f"an unreadable one ({error})", path) from error
     nested = content.get("frames") if isinstance(content, dict) else content
     if not isinstance(nested, list):
@@ -162,7 +159,7 @@ def _clip(values: NDArray[Any], path: str, options: PlainOptions) -> SourceClip:
         contract = f"of shape (T, {shape[0]}, {shape[1]}) or (T, M, {shape[0]}, {shape[1]})"
         raise unreadable(contract, f"shape {values.shape}", path, "Correct it, or the topology or channels")
     frames = finite_frames(values, path)
-    return SourceClip(PurePosixPath(path).stem, frames, -1, {}, class_name=options.class_of(path))
+    return SourceClip(clip_name(path), frames, -1, {}, class_name=options.class_of(path))
 
 
 def _adapt(fmt: Format, options: PlainOptions) -> Format:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fastskel.data.formats import ntu
 from fastskel.data.formats.format import unreadable
+from fastskel.data.npy_file import map_npy
 from fastskel.registry import Registry
 from fastskel.skeleton import topology
 
@@ -146,8 +146,8 @@ def mapped_array(path: Path, ndim: int) -> NDArray[Any]:
         ValueError: If it is damaged, or holds something else.
     """
     try:
-        array: NDArray[Any] = npy.open_memmap(path, mode="r")
-    except (ValueError, OSError, EOFError, TypeError, SyntaxError) as error:
+        array = map_npy(path)
+    except (ValueError, OSError) as error:
         contract = "a complete .npy array without Python objects"
         raise unreadable(contract, f"an unreadable one ({error})", str(path)) from error
     if array.dtype.kind not in "fiu" or array.ndim != ndim:
@@ -185,7 +185,9 @@ def trimmed(frames: NDArray[Any], count: int | None) -> NDArray[Any]:
         At least one frame: a clip without any keeps its first, so that labels stay in step.
     """
     if count is None:
-        filled = np.flatnonzero(frames.reshape(len(frames), -1).any(axis=1))
+        # NaN is a value like another here
+        with np.errstate(invalid="ignore"):
+            filled = np.flatnonzero(frames.reshape(len(frames), -1).any(axis=1))
         count = int(filled[-1]) + 1 if len(filled) else 1
     return frames[: max(1, count)]
 

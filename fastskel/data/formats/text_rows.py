@@ -60,11 +60,18 @@ def number_rows(
         num_values = len(row) if num_values is None else num_values
         if len(row) != num_values:
             raise unreadable(f"{num_values} numbers in every row", f"{len(row)} in line {number}", path)
-        try:
-            values.append([float(value) for value in row])
-        except ValueError as error:
-            raise unreadable("made of numbers", f"{error} in line {number}", path) from error
+        values.append([_number(value, number, path) for value in row])
     return np.array(values)
+
+
+def _number(text: str, line: int, path: str) -> float:
+    try:
+        # Python takes 1_000 and digits of any script, files do not mean them
+        if "_" not in text and text.isascii():
+            return float(text)
+    except ValueError:
+        pass
+    raise unreadable("made of numbers", f"{text[:80]!r} in line {line}", path)
 
 
 def whole_column(rows: NDArray[np.float64], column: int, what: str, path: str) -> NDArray[np.int64]:

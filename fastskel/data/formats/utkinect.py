@@ -34,6 +34,7 @@ TOPOLOGY = "kinect-20-ucla"
 _LABELS = re.compile(r"(?:^|/)actionLabel(_modified)?\.txt$")
 _NAME = re.compile(r"joints_(s(\d\d)_e(\d\d))", re.ASCII)
 _SEGMENT = re.compile(r"(\w+)\s*:\s*(\S+)\s+(\S+)")
+_FRAME_ID = re.compile(r"\d{1,15}", re.ASCII)
 _LISTED = 5
 
 # recording -> (class, first frame id, last frame id), no ids where a class is missing in it
@@ -62,7 +63,7 @@ def read_labels(files: Mapping[str, bytes]) -> Labels:
         match = _SEGMENT.fullmatch(line)
         if match is None or match[1] not in CLASSES or rows is None:
             raise unreadable("of recordings and their segments", f"{line!r} in line {number}", path, "Correct it")
-        ids = [None if word == "NaN" else int(word) if word.isdecimal() else -1 for word in match.groups()[1:]]
+        ids = [None if word == "NaN" else int(word) if _FRAME_ID.fullmatch(word) else -1 for word in match.groups()[1:]]
         if -1 in ids or (ids[0] is None) != (ids[1] is None):
             raise unreadable("of two frame ids or two NaN", f"{line!r} in line {number}", path, "Correct it")
         rows.append((list(CLASSES).index(match[1]), ids[0], ids[1]))

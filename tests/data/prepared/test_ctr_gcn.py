@@ -95,7 +95,7 @@ def test_ctr_gcn_headers_are_not_believed(prepared, tmp_path):
         x_file.write(X.tobytes())
     with zipfile.ZipFile(path, "a") as archive, archive.open("y_train.npy", "w") as y_file:
         np.save(y_file, np.zeros(1, np.int64))
-    prepared.refused("ctr-gcn", path, tmp_path, "x_train goes on behind its 1 rows")
+    prepared.refused("ctr-gcn", path, tmp_path, r"x_train of 6128 bytes for shape \(1, 5, 150\), not 3128")
     # a billion clips announced, one there
     with zipfile.ZipFile(path, "w") as archive:
         for name, shape, content in (
@@ -106,4 +106,26 @@ def test_ctr_gcn_headers_are_not_believed(prepared, tmp_path):
                 descr = "<f4" if name == "x_train" else "<i8"
                 header.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
                 file.write(content)
-    prepared.refused("ctr-gcn", path, tmp_path, "y_train ends in row 1 of 1000000000")
+    prepared.refused("ctr-gcn", path, tmp_path, r"x_train of 3128 bytes for shape \(1000000000, 5, 150\)")
+
+
+def test_ctr_gcn_archives_are_not_believed(prepared, tmp_path):
+    path = tmp_path / "file.npz"
+    num_clips, header = 10**6, np.lib.format
+    claimed = 128 + num_clips * 5 * 150 * 4
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("x_train.npy", "w") as file:
+            header.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (num_clips, 5, 150)})
+        with archive.open("y_train.npy", "w") as file:
+            np.save(file, np.zeros(num_clips, np.int8))
+    data = bytearray(path.read_bytes())
+    # the directory says that the frames are there, and a million labels are a kilobyte
+    at = data.index(b"PK\1\2") + 24
+    data[at : at + 4] = claimed.to_bytes(4, "little")
+    path.write_bytes(data)
+    assert len(data) < 3000
+    prepared.refused("ctr-gcn", path, tmp_path, f"x_train of {claimed} bytes, in ")
+    x = np.ones((2, 3, 75), np.float32)
+    for shape, message in (((), r"\(N, K\), got shape \(\)"), ((2, 2, 2), "one-hot"), ((3,), "of 2 rows as x_train, got 3")):
+        np.savez(path, x_train=x, y_train=np.zeros(shape, int))
+        prepared.refused("ctr-gcn", path, tmp_path, message)
