@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # the oldest release of Triton that the metadata allow: kernels must compile with it too
 OLDEST := .venv/triton-3.6
 
-.PHONY: demo test clean
+.PHONY: demo test gpu clean
 
 demo: $(STAMP)
 	$(BIN)/fastskel demo --out demo-run
@@ -19,6 +19,28 @@ test: $(STAMP) $(OLDEST)
 	$(BIN)/python -m fastskel.bench.offline --strict
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m fastskel.bench.offline --sample --strict
 	@$(BIN)/python -m pytest -q -rs
+
+# everything that waits for a GPU: docs/gpu-queue.md. GPU_PYTHON names an environment that already holds torch, triton, pybind11 and
+# pytest: nothing is fetched and nothing installed into it, the package is put together under build/. Python 3.11 or newer: the
+# folder that it is started in holds only a part of the package, and must not be searched first
+GPU_PYTHON ?= $(BIN)/python
+OUT ?= runs/gpu
+SITE := build/gpu/$(subst /,-,$(GPU_PYTHON))
+GPU_READY := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP),$(SITE)/.ready)
+
+gpu: export PYTHONPATH := $(if $(filter $(STAMP),$(GPU_READY)),,$(CURDIR)/$(SITE):)$(PYTHONPATH)
+gpu: export PYTHONSAFEPATH := $(if $(filter $(STAMP),$(GPU_READY)),,1)
+gpu: $(GPU_READY)
+	$(GPU_PYTHON) -m fastskel.bench.gpu --out $(OUT) $(if $(STAGE),--stage $(STAGE)) $(if $(COMMIT),--commit $(COMMIT)) $(GPU_FLAGS)
+
+$(SITE)/.ready: CMakeLists.txt $(NATIVE)
+	rm -rf $(SITE)
+	mkdir -p $(SITE)/fastskel
+	ln -s $(filter-out %.so %__pycache__ %/kernels %/bench,$(wildcard $(CURDIR)/fastskel/*)) $(CURDIR)/kernels $(CURDIR)/bench $(SITE)/fastskel/
+	cmake -S . -B $(SITE)/native -DCMAKE_BUILD_TYPE=Release -Dpybind11_DIR=$$($(GPU_PYTHON) -m pybind11 --cmakedir) \
+	  -DPython_EXECUTABLE=$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)') -DFASTSKEL_OUTPUT_DIR=$(CURDIR)/$(SITE)/fastskel
+	cmake --build $(SITE)/native -j
+	touch $@
 
 # torch first: the release that the constraints name, before anything else asks for one
 $(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(NATIVE)

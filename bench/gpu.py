@@ -1,8 +1,13 @@
-"""Run everything that waits for a GPU, once: facts, GPU tests, kernel benchmarks, training steps, the encoder comparison.
+"""Run everything that waits for a GPU, in stages of at most eight minutes that can be run apart.
 
-Run as `python -m fastskel.bench.gpu --out DIR`. Appends one JSON line per result to DIR/<device>.jsonl, each with device,
-versions, commit and date; leaves what the parts printed in DIR/logs. Every part is a process with a time limit: one that
-fails or hangs is recorded as failed, and the next one runs. All limits together stay under ten minutes.
+    python -m fastskel.bench.gpu --out DIR [--stage check kernels ...]
+    python -m fastskel.bench.gpu --stages                             lists them
+    python -m fastskel.bench.gpu --out DIR --dry-run                  every stage on a CPU with tiny sizes
+
+Leaves a few small files in DIR: rows appended to <device>.jsonl, each with device, versions, commit and date;
+summary-<stages>.txt; and <stages>.tar.gz with all logs, traces and what else the parts wrote. All are there after every part,
+whatever becomes of the next. Every part is one process or more, with a time limit: what fails or hangs is recorded, and the next
+part runs. The summary is printed last. Exit status: 0 nothing failed, 1 something did, 2 no GPU.
 """
 
 from __future__ import annotations
@@ -10,261 +15,280 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import shutil
-import subprocess
 import sys
+import tarfile
+import tempfile
 import time
-import xml.etree.ElementTree
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from fastskel.bench.step import PRECISIONS, STEP_RECIPES
+from fastskel.bench.gpu_parts import Part, Result, Session, kernels, module, printed, sanitizer, tests
+from fastskel.bench.step import STEP_RECIPES
 
+from fastskel.atomic import atomic_write
 from fastskel.provenance import provenance
 
-__all__ = ["PARTS", "main"]
+__all__ = ["STAGES", "STAGE_S", "main", "parts_of"]
 
-PARTS = ("environment", "peak", "tests", "kernels", "training", "step", "encoder", "loader")
-# tests and benchmarks of kernels compile them first; the parts of one call share TOTAL_S
-LIMITS_S = {"environment": 20, "peak": 60, "tests": 330, "kernels": 170, "training": 240, "step": 60, "encoder": 60, "loader": 60}
-TOTAL_S = 580
-# a part given less than this cannot even import torch
-LEAST_S = 10
-TAIL_CHARACTERS = 2000
+# seconds of all parts of a stage together; starting, and packing what they left, come on top
+STAGE_S = 460
+STAGES = {
+    "check": "what the machine is and reaches; all tests marked gpu",
+    "kernels": "each kernel beside its other providers",
+    "training": "training steps and extraction beside the reference; where a step's time goes",
+    "encoder": "the encoders beside the reference; the loss",
+    "loader": "steps per recipe and precision, and fed by each loader; the loader alone",
+    "jobs": "whole jobs with the loader on; cost per batch size; the largest batch",
+    "sanitize": "a few tests of each kernel under compute-sanitizer",
+    "compiled": "training steps beside the compiled reference",
+    "kernels-compiled": "each kernel beside its compiled reference",
+}
 # the sources that this module lies in; an installed wheel has neither tests nor benchmarks to collect
 REPOSITORY = Path(__file__).resolve().parents[1]
+COMPILED_MAX = ("reference-compiled-max", "reference-sdpa-compiled-max")
+MOST_LINES = 120
+# a file of the archive that another machine's limits would refuse
+ARCHIVE_BYTES = 15 << 20
+# shared by the process's parts: pytest loads the plugins that it is told of, none that an environment happens to have
+ENVIRONMENT = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass
-class Outcome:
-    """What one part found: figures by case, and why it failed, if it did."""
+class Report:
+    """What has been found so far.
 
-    results: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    error: str = ""
-
-
-class Child:
-    """Runs processes for one part and keeps what they print.
-
-    Args:
-        log: File that receives the output.
-        limit_s: Seconds until the process is killed.
-        folder: Where it runs.
+    Attributes:
+        shared: What every row says: device, versions, commit, date.
+        rows: File that rows are appended to.
+        states: Parts that ended, their state and seconds.
+        failures: What failed, and why, in one line each.
+        ratios: Speeds beside others, in one line each.
+        groups: Medians of kernel benchmarks by group and provider, seconds.
+        facts: What else is worth a line: measured peaks, profiles.
     """
 
-    def __init__(self, log: Path, limit_s: float, folder: Path) -> None:
-        self.log, self.limit_s, self.folder = log, limit_s, folder
+    shared: dict[str, Any]
+    rows: Path
+    states: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    ratios: list[str] = field(default_factory=list)
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    facts: list[str] = field(default_factory=list)
 
-    def run(self, *command: str) -> tuple[int, str]:
-        """Run a command of this interpreter to its end; return its status and output."""
-        with self.log.open("w+") as log:
-            try:
-                done = subprocess.run(
-                    [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=self.folder,
-                    timeout=self.limit_s, check=False,
-                )  # fmt: skip
-                status = done.returncode
-            except subprocess.TimeoutExpired:
-                log.write(f"\nkilled after {self.limit_s:.0f} s\n")
-                status = 124
-            log.seek(0)
-            return status, log.read()
+    def add(self, part: str, result: Result, seconds: float) -> None:
+        """Append a row, and keep what the summary says of it."""
+        figures = {key: value for key, value in result.figures.items() if key not in self.shared}
+        row: dict[str, Any] = {"id": f"{self.shared['date']} {part} {result.case}", "part": part, "case": result.case}
+        row |= {"status": result.status, **self.shared, "seconds": round(seconds, 2), **figures}
+        row |= {"error": result.error} if result.error else {}
+        with self.rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if result.status == "failed":
+            last = result.error.strip().splitlines()[-1:] or [""]
+            self.failures.append(f"{part}: {result.case}: {last[0][:160]}")
+            self.failures += [f"  {name}" for name in figures.get("failed_tests", [])]
+        elif figures.get("speedup") is not None:
+            spread = f"[{figures.get('speedup_q20', 0):.2f}, {figures.get('speedup_q80', 0):.2f}]"
+            self.ratios.append(f"{result.case:<60} {figures['median_ms']:10.3f} ms {figures['speedup']:6.2f}x {spread}")
+        elif figures.get("group") and figures.get("provider"):
+            self.groups.setdefault(figures["group"], {})[figures["provider"]] = figures["median_s"]
+        elif "busy_share" in figures:
+            top = ", ".join(f"{kernel['name'][:30]} {100 * kernel['share']:.0f} %" for kernel in figures["kernels"][:3])
+            about = f"{figures['span_ms']:.2f} ms, busy {100 * figures['busy_share']:.1f} %, {figures['launches']:.0f} launches"
+            self.facts.append(f"{result.case}: {about}; {top}")
+        elif part == "machine":
+            peaks = {key: value for key, value in figures.items() if key.endswith("_per_s") and isinstance(value, float)}
+            self.facts.append("measured peaks: " + ", ".join(f"{key} {value:.4g}" for key, value in peaks.items()))
 
+    def kernel_lines(self) -> list[str]:
+        """Say of each group of kernel benchmarks how the kernel stands beside the fastest other provider."""
+        lines = []
+        for group, medians in self.groups.items():
+            others = {name: value for name, value in medians.items() if not name.startswith("triton")}
+            for name in (n for n in medians if n.startswith("triton")):
+                if others:
+                    best = min(others, key=others.__getitem__)
+                    ratio = others[best] / medians[name]
+                    lines.append(f"{group:<60} {1e3 * medians[name]:10.3f} ms {ratio:6.2f}x of {best}, {name}")
+        return lines
 
-def _failure(status: int, output: str) -> str:
-    return f"exit status {status}: {output[-TAIL_CHARACTERS:].strip()}"
-
-
-def _json_part(child: Child, case: str, module: str, *arguments: str) -> Outcome:
-    """Run a module that prints one JSON object as its last line."""
-    status, output = child.run("-m", module, *arguments)
-    lines = output.strip().splitlines()
-    if status or not lines:
-        return Outcome(error=_failure(status, output))
-    return Outcome([(case, json.loads(lines[-1]))])
-
-
-def _tests_part(child: Child, out: Path) -> Outcome:
-    """Run the tests marked gpu; none that ran proves nothing, so it counts as a failure."""
-    report = out / "logs" / "tests.xml"
-    report.unlink(missing_ok=True)
-    status, output = child.run("-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", "tests")
-    if not report.is_file():
-        return Outcome(error=_failure(status, output))
-    cases = list(xml.etree.ElementTree.parse(report).getroot().iter("testcase"))
-    marks = {"skipped": "skipped", "failure": "failed", "error": "failed"}
-    states = [next((marks[child.tag] for child in case if child.tag in marks), "passed") for case in cases]
-    bad = [str(case.get("name")) for case, state in zip(cases, states) if state == "failed"]
-    figures = {state: states.count(state) for state in ("passed", "failed", "skipped")} | {"failed_tests": bad}
-    error = "" if figures["passed"] and not status else _failure(status, output)
-    return Outcome([("pytest -m gpu", figures)], error)
-
-
-def _kernels_part(child: Child, out: Path, quick: bool) -> Outcome:
-    """Run the kernel benchmarks; every one becomes a row, those that failed are named by the log."""
-    report = out / "kernels.json"
-    report.unlink(missing_ok=True)
-    short = ["--benchmark-min-rounds=1", "--benchmark-max-time=0.01"] if quick else []
-    status, output = child.run("-m", "pytest", "-q", "bench/kernels", f"--benchmark-json={report}", *short)
-    results = []
-    if report.is_file() and report.stat().st_size:
-        for entry in json.loads(report.read_text())["benchmarks"]:
-            stats = {f"{name}_s": entry["stats"][name] for name in ("median", "q1", "q3", "min")}
-            figures = {"group": entry["group"], **stats, "rounds": entry["stats"]["rounds"], **entry["extra_info"]}
-            results.append((entry["name"], figures))
-    return Outcome(results, "" if results and not status else _failure(status, output))
+    def text(self) -> str:
+        """Return the summary; what failed comes last, where a reply that is cut at its beginning still has it."""
+        lines = [f"device {self.shared['device']}, commit {self.shared['commit']}, {self.shared['date']}", *self.facts]
+        for title, part in (
+            ("beside the baseline", self.ratios), ("kernels beside the best other", self.kernel_lines()),
+            ("failed", self.failures),
+        ):  # fmt: skip
+            lines += [f"-- {title}: {len(part)}", *part[:MOST_LINES]]
+            lines += [f"   {len(part) - MOST_LINES} more in the rows"] if len(part) > MOST_LINES else []
+        return "\n".join([*lines, "-- parts", *self.states]) + "\n"
 
 
-def _rows_part(child: Child, out: Path, name: str, arguments: list[str]) -> Outcome:
-    """Run a comparison of providers, encoder or training; every provider becomes a row."""
-    scratch = out / "logs" / f"{name}.jsonl"
-    scratch.unlink(missing_ok=True)
-    status, output = child.run("-m", f"fastskel.bench.{name}", "--out", str(scratch), *arguments)
-    rows = [json.loads(line) for line in scratch.read_text().splitlines()] if scratch.is_file() else []
-    shared = ("device", "versions", "commit", "date", "part")
-    results = [
-        (
-            " ".join(str(row[key]) for key in ("part", "case", "provider") if key in row),
-            {k: v for k, v in row.items() if k not in (*shared, "case")},
-        )
-        for row in rows
+def parts_of(stage: str, dry: bool, work: Path) -> list[Part]:
+    """List the parts of a stage; those of a rehearsal run the same modules on a CPU with tiny sizes."""
+    on = ["--device", "cpu", "--quick"] if dry else ["--device", "cuda"]
+    if stage == "check":
+        return [module("machine", "machine", 60, *on), tests(400)]
+    if stage == "kernels":
+        return [kernels("kernels", STAGE_S, "not compiled")]
+    if stage == "training":
+        return [
+            module("training", "training", 310, *on, "--limit", "60"),
+            module("profile_step", "profile", 150, *on, "--traces", str(work / "traces")),
+        ]
+    if stage == "encoder":
+        size = ["--batch", "2" if dry else "356", "--limit", "15"]
+        names = ("dste", "sttr")[: 1 if dry else None]
+        encoders = [module("encoder", f"encoder-{name}", 180, "--encoder", name, *on, *size) for name in names]
+        rows = ["8"] if dry else ["356", "1024", "4096", "16384"]
+        return [*encoders, module("loss", "loss", 100, *on, "--rows", *rows)]
+    if stage == "loader":
+        steps = [
+            printed("step", f"step-{recipe}-{precision}", 45, "--recipe", recipe, "--precision", precision, *on)
+            for recipe in STEP_RECIPES[: 1 if dry else None] for precision in ("bf16", "fp32")[: 1 if dry else None]
+        ]  # fmt: skip
+        # fp32 steps are too long for a loader to show beside them; the triton engine needs a GPU
+        engines = ("native", "triton")[: 1 if dry else None]
+        feeds = [printed("step", f"step-fed-{engine}", 45, "--feed", engine, *on) for engine in engines]
+        # it has no sizes to choose but these
+        alone = ["--rounds", "1", "--clips", "16", "--parts", "speed", "memory"] if dry else ["--rounds", "3"]
+        return [*steps, *feeds, module("loader", "loader", 150, *alone)]
+    if stage == "jobs":
+        limits = [] if dry else ["--limit-s", "5", "--search-s", "60"]
+        names = ("step", "largest") if dry else ("step", "encoder", "largest")
+        sweeps = [module("sweep", f"sweep-{name}", 100, *on, "--parts", name, *limits) for name in names]
+        return [module("job", "job", 160, *on, *([] if dry else ["--limit-s", "60"])), *sweeps]
+    if stage == "sanitize":
+        return [sanitizer(tool, STAGE_S // 2) for tool in ("memcheck", "racecheck")[: 1 if dry else None]]
+    if stage == "kernels-compiled":
+        return [kernels("kernels-compiled", STAGE_S, "compiled or triton")]
+    own = "fastskel" if dry else "fastskel-triton-graph"
+    # compiling takes seconds to minutes: a rehearsal has what it is beside
+    ways = {"training-compiled": (150, ("reference-compiled",)), "training-compiled-max": (310, COMPILED_MAX)}
+    return [
+        module("training", name, limit, *on, "--parts", "step", "--limit", "30", "--providers", own, *([] if dry else compiled))
+        for name, (limit, compiled) in (list(ways.items())[: 1 if dry else None])
     ]
-    return Outcome(results, "" if results and not status else _failure(status, output))
 
 
-def _command_output(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMITS_S["environment"])
-    return done.stdout.strip() if done.returncode == 0 else None
+def run_stage(stage: str, session: Session, report: Report, out: Path, name: str) -> None:
+    """Run the parts of a stage one after another, and write summary and archive after each."""
+    session.deadline = time.monotonic() + STAGE_S
+    for part in parts_of(stage, session.dry, session.work):
+        begin, session.limit_s, states = time.monotonic(), part.limit_s, []
+        try:
+            for result in part.run(session):
+                report.add(part.name, result, time.monotonic() - begin)
+                states.append(result.status)
+        # whatever stops one part is a result to record, and the next part runs
+        except Exception as error:
+            states.append("failed")
+            wrong = Result(part.name, {}, "failed", f"{type(error).__name__}: {error}")
+            report.add(part.name, wrong, time.monotonic() - begin)
+        counts = ", ".join(f"{states.count(state)} {state}" for state in ("ok", "failed", "skipped") if state in states)
+        failed = "failed" in states or not states
+        line = f"{'FAILED' if failed else 'ok':<7}{stage:<18}{part.name:<22}{time.monotonic() - begin:7.1f} s  {counts}"
+        report.states.append(line)
+        print(line, flush=True)
+        with atomic_write(out / f"summary-{name}.txt") as scratch:
+            scratch.write_text(report.text())
+        _archive(session.work, out / f"{name}.tar.gz")
 
 
-def _environment_part(device: str) -> Outcome:
-    """Facts of the machine; what cannot be read is None."""
-    figures: dict[str, Any] = {"cuda": torch.version.cuda, "hip": torch.version.hip, "threads": torch.get_num_threads()}
-    if device == "cuda":
-        found = torch.cuda.get_device_properties(0)
-        query = (
-            "nvidia-smi",
-            "--id=0",
-            "--query-gpu=driver_version,clocks.max.sm,power.limit",
-            "--format=csv,noheader",
-        )
-        figures |= {
-            "capability": list(torch.cuda.get_device_capability(0)),
-            "memory_gib": found.total_memory / 2**30,
-            "multiprocessors": found.multi_processor_count,
-            "devices": torch.cuda.device_count(),
-            "driver_clock_power": _command_output(*query),
-        }
-    return Outcome([("machine", figures)])
+def _packed_bytes(path: Path) -> int:
+    # compressed already, or text that compresses to a tenth
+    return path.stat().st_size // (1 if path.suffix == ".gz" else 10)
 
 
-def _jobs(given: argparse.Namespace, device: str) -> list[tuple[str, str, Callable[[Child], Outcome]]]:
-    """Name and case of every job, with what runs it."""
-    quick = ["--quick"] if given.quick else []
-    on = ["--device", device]
-    jobs: list[tuple[str, str, Callable[[Child], Outcome]]] = [
-        ("environment", "machine", lambda child: _environment_part(device)),
-        ("peak", "device", lambda child: _json_part(child, "device", "fastskel.bench.peak", *on, *quick)),
-        ("tests", "pytest -m gpu", lambda child: _tests_part(child, given.out)),
-        ("kernels", "bench/kernels", lambda child: _kernels_part(child, given.out, given.quick)),
-    ]
-    arguments = [*on, *quick, *(["--kernels", *given.kernels] if given.kernels else [])]
-    jobs.append(("training", "dste", lambda child, a=arguments: _rows_part(child, given.out, "training", a)))  # type: ignore[misc]
-    size = ["--batch-size", str(given.batch_size)] if given.batch_size else []
-    for recipe in given.recipes:
-        for precision in given.precisions:
-            case = f"{recipe} {precision}"
-            command = ["--recipe", recipe, "--precision", precision, *on, *size, *quick]
-            jobs.append(
-                ("step", case, lambda child, c=case, a=command: _json_part(child, c, "fastskel.bench.step", *a))  # type: ignore[misc]
-            )
-    # fp32 steps are too long for a loader to show beside them
-    for feed in ("cached", "native", "triton")[: None if device == "cuda" else 2]:
-        command = ["--recipe", given.recipes[0], "--precision", given.precisions[0], "--feed", feed, *on, *size, *quick]
-        jobs.append(
-            ("loader", feed, lambda child, c=feed, a=command: _json_part(child, f"step {c}", "fastskel.bench.step", *a))  # type: ignore[misc]
-        )
-    for encoder in ("dste", "sttr"):
-        arguments = ["--encoder", encoder, *on, *quick, "--batch", "8" if given.quick else "356"]
-        jobs.append(("encoder", encoder, lambda child, a=arguments: _rows_part(child, given.out, "encoder", a)))  # type: ignore[misc]
-    return [job for job in jobs if job[0] in given.parts]
+def _archive(folder: Path, target: Path) -> None:
+    """Pack a folder; the largest files are left out, by name, where the whole would be too large to be carried away."""
+    size, left_out = 0, []
+    with atomic_write(target) as scratch, tarfile.open(scratch, "w:gz") as archive:
+        for path in sorted((path for path in folder.rglob("*") if path.is_file()), key=_packed_bytes):
+            size += _packed_bytes(path)
+            if size > ARCHIVE_BYTES:
+                left_out.append(str(path.relative_to(folder)))
+            else:
+                archive.add(path, str(path.relative_to(folder)))
+    if left_out:
+        print(f"too large for the archive: {', '.join(left_out)}")
+
+
+def _listing() -> str:
+    lines = []
+    for number, (stage, about) in enumerate(STAGES.items(), 1):
+        parts = ", ".join(f"{part.name} {part.limit_s} s" for part in parts_of(stage, False, Path()))
+        lines.append(f"{number} {stage:<18}{about}\n  {'':<18}{parts}")
+    return "\n".join(lines)
+
+
+def _stages(names: Sequence[str]) -> list[str]:
+    """Return stages by number or name, in their order."""
+    known = list(STAGES)
+    chosen = {known[int(name) - 1] if name.isdecimal() and 0 < int(name) <= len(known) else name for name in names}
+    wrong = sorted(chosen - set(known))
+    if wrong:
+        raise ValueError(f"gpu: --stage must be of {', '.join(known)} or 1 to {len(known)}, got {wrong[0]}. See --stages.")
+    return [stage for stage in known if stage in chosen]
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fastskel.bench.gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for rows and logs; rows are appended")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--recipes", nargs="+", choices=STEP_RECIPES, default=STEP_RECIPES, help="of the step part")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of the step part")
-    parser.add_argument("--kernels", nargs="+", help="of the training part: torch, triton; on a GPU both by default")
-    parser.add_argument("--batch-size", type=int, help="of the step part; the recipe's 356 by default")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for rehearsals")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
+    parser.add_argument("--out", type=Path, help="folder for rows, summary and archive; rows are appended")
+    parser.add_argument("--stage", nargs="+", default=list(STAGES), metavar="STAGE", help="names or numbers; all by default")
+    parser.add_argument("--stages", action="store_true", help="list the stages and stop")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU with tiny sizes: whether it runs, not how fast")
     parser.add_argument("--commit", help="commit of the sources, where git cannot tell")
     parser.add_argument("--repository", type=Path, default=REPOSITORY, help="where tests/ and bench/kernels lie")
     given = parser.parse_args(arguments)
-    given.out = given.out.resolve()
+    try:
+        given.stage = _stages(given.stage)
+    except ValueError as error:
+        parser.error(str(error))
+    if given.out is None and not given.stages:
+        parser.error("--out must be a folder, got none. Name where results go.")
     return given
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts; returns 0, 1 if one failed, 2 without a GPU."""
+    """Run the stages; returns 0, 1 if something failed, 2 without a GPU."""
     given = _arguments(arguments)
-    if given.device == "cuda" and not torch.cuda.is_available():
+    if given.stages:
+        print(_listing())
+        return 0
+    if not given.dry_run and not torch.cuda.is_available():
         print(
             f"gpu: device must be a GPU that torch {torch.__version__} sees, got none. Run this where there is one, "
-            "or rehearse with --device cpu --quick.",
+            "or rehearse with --dry-run.",
             file=sys.stderr,
         )
         return 2
-    name = torch.cuda.get_device_name(0) if given.device == "cuda" else "cpu"
-    (given.out / "logs").mkdir(parents=True, exist_ok=True)
-    rows = given.out / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.jsonl"
+    os.environ.update(ENVIRONMENT)
+    device = "cpu" if given.dry_run else "cuda"
+    name = "cpu" if given.dry_run else torch.cuda.get_device_name(0)
+    out = given.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
     origin = provenance()
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    shared = {
-        "device": name,
-        "versions": origin["versions"],
-        "commit": given.commit or origin["commit"],
-        "date": date,
-    }
-    deadline, failures = time.monotonic() + TOTAL_S, 0
-
-    def write(part: str, case: str, seconds: float, figures: dict[str, Any], error: str) -> None:
-        row = {"id": f"{date} {part} {case}", "part": part, "case": case, "status": "failed" if error else "ok"}
-        row |= {**shared, "seconds": round(seconds, 2), **figures} | ({"error": error} if error else {})
-        with rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    for part, case, run in _jobs(given, given.device):
-        begin = time.monotonic()
-        limit = min(LIMITS_S[part], deadline - begin)
-        log = given.out / "logs" / f"{part}-{case}.txt".replace("/", "-").replace(" ", "-")
-        try:
-            if limit < LEAST_S:
-                raise TimeoutError(f"none of the {TOTAL_S} s was left")
-            outcome = run(Child(log, limit, given.repository))
-        # whatever stops one part is a result to record, and the next part runs
-        except Exception as error:
-            outcome = Outcome(error=f"{type(error).__name__}: {error}")
-        seconds = time.monotonic() - begin
-        found = dict(outcome.results)
-        if outcome.error:
-            # what a failed job still knows of itself, such as the number of tests that passed
-            write(part, case, seconds, found.pop(case, {}), outcome.error)
-        for other, figures in found.items():
-            write(part, other, seconds, figures, "")
-        failed = bool(outcome.error) or any(figures.get("status") == "failed" for figures in found.values())
-        failures += failed
-        print(f"{'FAILED' if failed else 'ok':<7}{part:<12}{case:<22}{seconds:7.1f} s", flush=True)
-    print(f"{failures} failed; rows in {rows}, output in {given.out / 'logs'}")
-    return min(failures, 1)
+    commit = given.commit or origin["commit"]
+    shared = {"device": name, "versions": origin["versions"], "commit": commit, "date": date}
+    report = Report(shared, out / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.jsonl")
+    work = Path(tempfile.mkdtemp(prefix="fastskel-gpu-"))
+    try:
+        session = Session(device, given.dry_run, work, given.repository.resolve())
+        label = "all" if given.stage == list(STAGES) else "-".join(given.stage)
+        for stage in given.stage:
+            run_stage(stage, session, report, out, label)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(f"\n{report.text()}\nrows in {report.rows}; logs and traces in {out / f'{label}.tar.gz'}")
+    return int(any(line.startswith("FAILED") for line in report.states))
 
 
 if __name__ == "__main__":

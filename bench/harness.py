@@ -1,7 +1,7 @@
 """Measure providers of one result side by side: time, bytes, floating-point operations, and where figures come from.
 
 Providers take turns (A B A B ...), so that what else the machine does meets all of them; a speed is the median over the
-rounds of the baseline's time divided by the provider's in the same round.
+rounds of the baseline's time divided by the provider's in the same round, with how far that median may be off.
 """
 
 from __future__ import annotations
@@ -29,14 +29,22 @@ from fastskel.atomic import atomic_write
 from fastskel.provenance import provenance
 
 __all__ = [
-    "CPU_ATTENTION", "Timing", "append_rows", "compare", "device_name", "flops", "held_bytes", "origin", "peak_bytes",
-    "quantiles", "relative_l2", "saved_bytes",
+    "CPU_ATTENTION", "NOISY", "PROCESS_NOISE", "Timing", "append_rows", "compare", "device_name", "flops", "held_bytes",
+    "median_interval", "origin", "peak_bytes", "quantiles", "relative_l2", "saved_bytes",
 ]  # fmt: skip
 
 Call = Callable[[], object]
 LOW, HIGH = 0.2, 0.8
 # fewer have no quantiles worth the name; also what a case gets that overruns its limit
 MIN_ROUNDS = 3
+# a row above it says so; more rounds are taken where there is time, up to so many times what was asked for
+NOISY, MOST_ROUNDS = 0.05, 4
+# warm-up ends when two successive rounds of the baseline are this close, or after so many rounds more than asked for, or
+# this share of the limit
+STABLE, MOST_WARMUP, WARMUP_SHARE = 0.05, 5, 0.25
+# what one program's ratios differ by from process to process: where its memory lies is chosen anew each time
+PROCESS_NOISE = 0.02
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,12 @@ class Timing:
         median_ms: Median time; `q20_ms` and `q80_ms` are its quantiles.
         speedup: Median over the rounds of baseline time / own time, above 1 where it is faster; with its quantiles.
         noise: Spread (q80 - q20) of the ratios of the baseline's successive rounds, relative to their median: what
-            nobody's improvement looks like.
+            nobody's improvement looks like in a single round.
+        uncertainty: How far the median ratio may be off, relative to it: half of its 95 % interval, or the baseline's
+            drift from round to round if that is more, and never less than `PROCESS_NOISE`; 1 of fewer than three
+            rounds. Two runs should agree within the sum of theirs.
+        noisy: Whether that is above `NOISY`: a figure that should not be quoted.
+        warmup: Rounds that were run before and not counted.
     """
 
     provider: str
@@ -61,6 +74,9 @@ class Timing:
     speedup_q20: float
     speedup_q80: float
     noise: float
+    uncertainty: float
+    noisy: bool
+    warmup: int
 
     def row(self) -> dict[str, Any]:
         """Return the figures as plain values."""
@@ -85,12 +101,27 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _milliseconds(call: Call, device: torch.device) -> float:
+def _milliseconds(call: Call, device: torch.device, clock: Callable[[], float]) -> float:
     _wait(device)
-    begin = time.perf_counter()
+    begin = clock()
     call()
     _wait(device)
-    return 1e3 * (time.perf_counter() - begin)
+    return 1e3 * (clock() - begin)
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return an interval that holds the true median in 95 of 100 cases, whatever the distribution.
+
+    As many values are cut off at both ends as the binomial distribution allows, by which a value lies below the median.
+    Fewer than six values cannot be that sure: theirs is from the least to the largest.
+    """
+    ordered, count, cut = sorted(values), len(values), 0
+    # chance that the median lies beyond the values that are left
+    outside = 2 / 2**count
+    while outside + 2 * math.comb(count, cut + 1) / 2**count <= 1 - CONFIDENCE:
+        cut += 1
+        outside += 2 * math.comb(count, cut) / 2**count
+    return ordered[cut], ordered[count - 1 - cut]
 
 
 def compare(
@@ -101,16 +132,21 @@ def compare(
     rounds: int = 15,
     warmup: int = 2,
     limit_s: float = 60.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
     """Time providers in turns.
+
+    Warm-up goes on until two successive rounds of the baseline agree within 5 %, for at most five rounds more than asked
+    for. While a ratio is known to no better than 5 %, more rounds follow, up to four times as many, within the limit.
 
     Args:
         calls: What to time, by provider; run in this order in every round.
         baseline: The provider that ratios refer to.
         device: What to wait for before and after each call; None is the CPU.
-        rounds: Rounds to count.
-        warmup: Rounds before them that are not counted.
+        rounds: Rounds to count at least.
+        warmup: Rounds before them that are not counted, at least; 0 counts from the first on.
         limit_s: Seconds after which no further round begins; the first three are run in any case.
+        clock: What tells seconds.
     Returns:
         One timing for each provider, in their order.
     Raises:
@@ -120,28 +156,52 @@ def compare(
         raise ValueError(f"compare: baseline must be one of {list(calls)}, got {baseline!r}. Name a provider.")
     if rounds < 1 or warmup < 0:
         raise ValueError(f"compare: rounds must be at least 1, got {rounds} after {warmup} of warm-up. Ask for more.")
-    where = device or torch.device("cpu")
+    where, begin = device or torch.device("cpu"), clock()
+
+    def one_round() -> dict[str, float]:
+        return {name: _milliseconds(call, where, clock) for name, call in calls.items()}
+
+    warm: list[float] = []
+    while len(warm) < warmup or (
+        0 < warmup <= len(warm) < warmup + MOST_WARMUP
+        and clock() - begin < WARMUP_SHARE * limit_s
+        and not _settled(warm)
+    ):
+        warm.append(one_round()[baseline])
     times: dict[str, list[float]] = {name: [] for name in calls}
-    begin = time.perf_counter()
-    for number in range(warmup + rounds):
-        if number >= warmup + MIN_ROUNDS and time.perf_counter() - begin > limit_s:
+    for number in range(1, MOST_ROUNDS * rounds + 1):
+        for name, elapsed in one_round().items():
+            times[name].append(elapsed)
+        if number >= MIN_ROUNDS and clock() - begin > limit_s:
             break
-        for name, call in calls.items():
-            elapsed = _milliseconds(call, where)
-            if number >= warmup:
-                times[name].append(elapsed)
-    return _timings(times, baseline)
+        if number % rounds == 0:
+            timings = _timings(times, baseline, len(warm))
+            if not any(timing.noisy for timing in timings):
+                return timings
+    return _timings(times, baseline, len(warm))
 
 
-def _timings(times: Mapping[str, Sequence[float]], baseline: str) -> list[Timing]:
+def _settled(times: Sequence[float]) -> bool:
+    """Whether the last two times are close; of one, nobody knows."""
+    return len(times) > 1 and abs(times[-1] / times[-2] - 1.0) <= STABLE
+
+
+def _timings(times: Mapping[str, Sequence[float]], baseline: str, warmup: int) -> list[Timing]:
     base = times[baseline]
-    low, middle, high = quantiles([a / b for a, b in itertools.pairwise(base)] or [1.0])
-    noise = (high - low) / middle
+    successive = [a / b for a, b in itertools.pairwise(base)] or [1.0]
+    low, middle, high = quantiles(successive)
+    noise, drift = (high - low) / middle, abs(middle - 1.0)
     timings = []
     for name, own in times.items():
         q20, median, q80 = quantiles(own)
-        slow, ratio, fast = quantiles([b / a for a, b in zip(own, base, strict=True)])
-        timings.append(Timing(name, len(own), median, q20, q80, ratio, slow, fast, noise))
+        ratios = [b / a for a, b in zip(own, base, strict=True)]
+        slow, ratio, fast = quantiles(ratios)
+        # against itself the baseline's ratio is 1: its successive rounds stand for two providers of one speed
+        least, most = median_interval(successive if name == baseline else ratios)
+        uncertainty = max((most - least) / (2 * ratio), drift, PROCESS_NOISE) if len(own) >= MIN_ROUNDS else 1.0
+        timings.append(
+            Timing(name, len(own), median, q20, q80, ratio, slow, fast, noise, uncertainty, uncertainty > NOISY, warmup)
+        )
     return timings
 
 

@@ -122,10 +122,13 @@ def measure_speed(dataset: PackedDataset, rounds: int) -> Iterator[dict[str, Any
     for timing in compare(calls, "feeder", rounds=rounds):
         rate = 1e3 * samples[timing.provider] / timing.median_ms
         share = samples[timing.provider] / items
+        # the time of as many samples as the feeder makes: providers differ in how many a call makes
+        spread = {name: getattr(timing, name) / share for name in ("median_ms", "q20_ms", "q80_ms")}
+        faster = {name: getattr(timing, name) * share for name in ("speedup", "speedup_q20", "speedup_q80")}
+        written = SAMPLE_BYTES * TYPES[timing.provider.removeprefix("native-")] if "native" in timing.provider else SAMPLE_BYTES
         yield {
-            "case": timing.provider, "samples_per_s": rate, "ratio": timing.speedup * share,
-            "ratio_q20": timing.speedup_q20 * share, "ratio_q80": timing.speedup_q80 * share, "noise": timing.noise,
-            "rounds": timing.rounds,
+            "case": f"{items} samples", **timing.row(), **spread, **faster, "samples_per_s": rate,
+            "bytes_per_s": rate * written,
         }  # fmt: skip
     torch.set_num_threads(threads)
 
@@ -166,13 +169,14 @@ def measure_scaling(dataset: PackedDataset, rounds: int) -> Iterator[dict[str, A
             times[name] += [time.perf_counter() - begin] if timing_round else []
     for threads in range(1, cores + 1):
         copied = 64 * MIB * copies * threads / statistics.median(times[f"copy-{threads}"])
-        yield {"case": f"copy-{threads}", "bytes_per_s": copied, "rounds": rounds}
+        yield {"case": f"copy-{threads}", "provider": "copy", "workers": threads, "bytes_per_s": copied, "rounds": rounds}
         for dtype, share in TYPES.items():
             own, one = times[f"{dtype}-{threads}"], times[f"{dtype}-1"]
             rate = size * batches / statistics.median(own)
             low, middle, high = quantiles([a / b for a, b in zip(one, own, strict=True)])
             yield {
-                "case": f"{dtype}-{threads}", "samples_per_s": rate, "bytes_per_s": rate * SAMPLE_BYTES * share,
+                "case": f"{dtype}-{threads}", "provider": dtype, "workers": threads,
+                "samples_per_s": rate, "bytes_per_s": rate * SAMPLE_BYTES * share,
                 "share_of_copy": rate * SAMPLE_BYTES * share / copied, "over_one_thread": middle, "over_q20": low,
                 "over_q80": high, "rounds": rounds,
             }  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastskel.bench.harness import append_rows, compare, origin, peak_bytes, relative_l2
+from fastskel.bench.harness import append_rows, compare, flops, origin, peak_bytes, relative_l2
 from fastskel.bench.reference import loss as reference
 from torch import Tensor
 
@@ -38,7 +38,8 @@ PROVIDERS: dict[str, Callable[..., Tensor]] = {"reference": _reference, "fastske
 
 
 def measure(
-    rows: int, device: torch.device, providers: Sequence[str], rounds: int, widths: Sequence[int] = WIDTHS
+    rows: int, device: torch.device, providers: Sequence[str], rounds: int, widths: Sequence[int] = WIDTHS,
+    limit_s: float = 60.0,
 ) -> Iterator[dict[str, Any]]:
     """Compare the providers for stacks (4, N, D); one row for each."""
     torch.manual_seed(0)
@@ -51,6 +52,11 @@ def measure(
 
         return step
 
+    def work(provider: str) -> float:
+        """Count operations, GFLOP; the reference's, which take seconds, on tensors without values."""
+        counted = [z.detach().to("meta").requires_grad_() for z in stacks] if provider == "reference" else stacks
+        return flops(lambda: torch.autograd.grad(PROVIDERS[provider](*counted), counted)) / 1e9
+
     calls = {name: call(name) for name in providers}
     if len(calls) > 1:
         expected, actual = (calls[name]() for name in calls)
@@ -59,10 +65,13 @@ def measure(
             raise ValueError(f"loss: providers must agree for N = {rows}, got distances {distances}. Mend it.")
         del expected, actual
     peaks = {name: peak_bytes(step, device) for name, step in calls.items()}
-    for timing in compare(calls, next(iter(calls)), device=device, rounds=rounds, warmup=1):
+    gflop = {name: work(name) for name in providers}
+    for timing in compare(calls, next(iter(calls)), device=device, rounds=rounds, warmup=1, limit_s=limit_s):
+        # of its own operations: the reference's are hundreds of times as many
+        speed = {"gflop": gflop[timing.provider], "gflop_per_s": 1e3 * gflop[timing.provider] / timing.median_ms}
         yield {
             "case": f"mgfd N={rows}", "rows": rows, "widths": list(widths), "views": VIEWS, "precision": "fp32",
-            "peak_mib": peaks[timing.provider] / 2**20, **timing.row(),
+            "peak_mib": peaks[timing.provider] / 2**20, **timing.row(), **speed,
         }  # fmt: skip
 
 
@@ -74,11 +83,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--alone", action="store_true", help="without the reference")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds of a batch size")
     parser.add_argument("--quick", action="store_true", help="tiny widths: whether it runs, not how fast")
     given = parser.parse_args(arguments)
     device, providers = torch.device(given.device), ["fastskel"] if given.alone else list(PROVIDERS)
     for rows in given.rows:
-        found = list(measure(rows, device, providers, given.rounds, (16, 16, 32) if given.quick else WIDTHS))
+        widths = (16, 16, 32) if given.quick else WIDTHS
+        found = list(measure(rows, device, providers, given.rounds, widths, given.limit))
         if given.out:
             append_rows(given.out, [{"part": "loss", "quick": given.quick, **row, **origin(device)} for row in found])
         cells = [f"{r['provider']} {r['median_ms']:.1f} ms, {r['peak_mib']:.0f} MiB ({r['speedup']:.1f}x)" for r in found]

@@ -1,19 +1,23 @@
-"""The encoders that benchmarks compare: the plain reference in three ways and fastskel's, all with the same weights."""
+"""What benchmarks compare: one list of providers, for the encoder and for whole steps, and its encoders with the same weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from fastskel.bench.external import Checkout, Source
 from fastskel.bench.harness import relative_l2
-from fastskel.bench.reference import DSTE, STTR, init_weights
+from fastskel.bench.reference import DSTE, STTR, USDRL, init_weights, xformers_attention
 from torch import Tensor
 
 from fastskel import models
 
-__all__ = ["BASELINE", "BODIES", "Encode", "Provider", "Setting", "autocast", "build", "gate"]
+__all__ = [
+    "BASELINE", "BODIES", "DTYPES", "KINDS", "Encode", "Kind", "Precision", "Provider", "Setting", "autocast", "build", "gate",
+    "open_checkout", "published_arguments", "select", "unavailable",
+]  # fmt: skip
 
 BASELINE = "reference"
 BODIES, CHANNELS = 2, 3
@@ -21,6 +25,104 @@ BODIES, CHANNELS = 2, 3
 SPREAD = 0.1
 
 Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to run the system.
+
+    Attributes:
+        name: What rows call it.
+        about: What it is.
+        precision: Autocast's, where it has one of its own; None takes the comparison's.
+        attention: The reference's attention; None for fastskel.
+        mode: Mode of torch.compile; None does not compile.
+        captured: Whether it is replayed as a CUDA graph.
+        kernels: Who computes fastskel's operators.
+    """
+
+    name: str
+    about: str
+    precision: Precision | None = None
+    attention: Literal["eager", "sdpa", "xformers"] | None = "eager"
+    mode: str | None = None
+    captured: bool = False
+    kernels: Literal["torch", "triton"] = "torch"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it runs everywhere, without a compiler, and differs in its operations from all others."""
+        return not (self.precision or self.mode or self.captured or self.kernels == "triton" or self.attention == "xformers")
+
+
+KINDS = (
+    Kind(BASELINE, "the published system: plain, eager, a pass per view"),
+    Kind("reference-fp16", "the same in float16, with a gradient scaler", precision="fp16"),
+    Kind("reference-bf16", "the same in bfloat16", precision="bf16"),
+    Kind("reference-sdpa", "with torch's fused attention", attention="sdpa"),
+    Kind("reference-xformers", "with xformers' attention", attention="xformers"),
+    Kind("reference-compiled", "under torch.compile", mode="default"),
+    Kind("reference-compiled-max", "under torch.compile max-autotune", mode="max-autotune"),
+    Kind("reference-sdpa-compiled-max", "fused attention and max-autotune", attention="sdpa", mode="max-autotune"),
+    Kind("reference-graph", "captured as a CUDA graph", captured=True),
+    Kind("fastskel", "fastskel with torch's operators", attention=None),
+    Kind("fastskel-triton", "fastskel with its fused kernels", attention=None, kernels="triton"),
+    Kind("fastskel-graph", "torch's operators, captured as a CUDA graph", attention=None, captured=True),
+    Kind("fastskel-triton-graph", "fused kernels, captured", attention=None, kernels="triton", captured=True),
+)
+
+
+def select(precision: str, names: Sequence[str] | None = None, *, compiled: bool = False) -> list[Kind]:
+    """List the providers of a comparison, the baseline first.
+
+    Args:
+        precision: The baseline's. What has the same by its name is left out, and of "fp32" what has less.
+        names: Providers that were asked for; None takes all but what is compiled.
+        compiled: Take what is compiled, too: minutes.
+    Raises:
+        ValueError: On an unknown name.
+    """
+    known = [kind.name for kind in KINDS]
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"select: names must be of {known}, got {name!r}. Choose among them.")
+
+    def wanted(kind: Kind) -> bool:
+        if kind.name == BASELINE:
+            return True
+        if kind.precision is not None and precision in ("fp32", kind.precision):
+            return False
+        if names is not None and kind.name in names:
+            return True
+        return compiled if kind.mode else names is None
+
+    return [kind for kind in KINDS if wanted(kind)]
+
+
+def unavailable(kind: Kind, device: torch.device, *, named: bool = False) -> str | None:
+    """Say why a provider cannot run on a device, None where it can.
+
+    Args:
+        kind: The provider.
+        device: Where it would run.
+        named: Whether it was asked for by its name, so that slow is no reason.
+    """
+    on_gpu = device.type == "cuda"
+    if kind.attention == "xformers":
+        try:
+            xformers_attention()
+        except RuntimeError as error:
+            return str(error)
+    needs = {"CUDA graphs run": kind.captured, "fused kernels run": kind.kernels == "triton",
+             "the operators of xformers run": kind.attention == "xformers"}  # fmt: skip
+    for what, needed in needs.items():
+        if needed and not on_gpu:
+            return f"{what} on a GPU only"
+    if kind.precision == "fp16" and not (on_gpu or named):
+        return "a CPU multiplies in float16 many times slower than in bfloat16, its counterpart there: ask for it by name"
+    return None
 
 
 @dataclass(frozen=True)
@@ -39,6 +141,8 @@ class Setting:
         device: Where it runs.
         compiled: Compare with the compiled reference too.
         modes: Memory modes of fastskel to compare beside its default.
+        providers: Names of those to compare; None takes all but what is compiled.
+        source: Published code of the user's to compare with, too.
     """
 
     encoder: str = "dste"
@@ -52,6 +156,8 @@ class Setting:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     compiled: bool = False
     modes: tuple[str, ...] = ()
+    providers: tuple[str, ...] | None = None
+    source: Source | None = None
 
     def tokens(self, rows: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Return tokens (N, T, M*V*C) and (N, M*V, T*C), the same for each N."""
@@ -60,6 +166,11 @@ class Setting:
         shapes = (rows, self.frames, spatial * CHANNELS), (rows, spatial, self.frames * CHANNELS)
         xt, xs = (torch.randn(shape, generator=generator).to(where) for shape in shapes)
         return xt, xs
+
+    def kinds(self, precision: str) -> list[tuple[Kind, str | None]]:
+        """List what is compared in a precision, with the reason why it cannot run, None where it can."""
+        chosen = select(precision, self.providers, compiled=self.compiled)
+        return [(k, unavailable(k, self.device, named=k.name in (self.providers or ()))) for k in chosen]
 
 
 @dataclass(frozen=True)
@@ -70,11 +181,13 @@ class Provider:
         name: What rows call it.
         module: Holder of its parameters.
         encode: From tokens (N, T, M*V*C) and (N, M*V, T*C) to features (N, T, D) and (N, M*V, D).
+        kind: How it runs.
     """
 
     name: str
     module: Any
     encode: Encode
+    kind: Kind = KINDS[0]
 
 
 def _reference(setting: Setting, drop_path: float, attention: Any) -> DSTE | STTR:
@@ -84,47 +197,86 @@ def _reference(setting: Setting, drop_path: float, attention: Any) -> DSTE | STT
     return STTR(*sizes, attention=attention)
 
 
-def _native(setting: Setting, drop_path: float, mode: str | None) -> Any:
+def _native(setting: Setting, drop_path: float, kind: Kind, mode: str | None) -> Any:
     sizes: dict[str, Any] = dict(
         num_joints=setting.joints, num_bodies=BODIES, num_frames=setting.frames, num_channels=CHANNELS,
         width=setting.width, init="torch",
     )  # fmt: skip
     encoder = models.DSTE(**sizes, drop_path=drop_path) if setting.encoder == "dste" else models.STTR(**sizes)
+    encoder.configure(kernels=kind.kernels)
     if mode is not None:
         encoder.configure(memory=mode)  # type: ignore[arg-type]
     return encoder
 
 
-def build(setting: Setting, drop_path: float, device: torch.device | None = None) -> list[Provider]:
-    """Build every provider, the baseline first, with the same weights; on the meta device they have no values."""
+def build(
+    setting: Setting, drop_path: float, device: torch.device | None = None, *, precision: str = "fp32"
+) -> list[Provider]:
+    """Build every provider that can run, the baseline first, with the same weights; on the meta device they have no values.
+
+    Args:
+        setting: Sizes, and what is compared.
+        drop_path: Probability that a branch is dropped in training.
+        device: Where they are; None is the setting's.
+        precision: Of the comparison; chooses among the providers only.
+    """
     where = device or setting.device
-    compiled = setting.compiled and where.type != "meta"
+    kinds = [kind for kind, reason in setting.kinds(precision) if reason is None]
+    if where.type == "meta":
+        kinds = [kind for kind in kinds if kind.is_plain]
     torch.manual_seed(0)
+    if any(kind.mode for kind in kinds):
+        # what was compiled for other modules only costs guards
+        torch.compiler.reset()
+    providers = []
     with where:
         plain = _reference(setting, drop_path, "eager").apply(init_weights)
         with torch.no_grad():
             for parameter in plain.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(SPREAD * torch.randn_like(parameter))
-        sdpa = _reference(setting, drop_path, "sdpa")
-        providers = [Provider(BASELINE, plain, plain), Provider("reference-sdpa", sdpa, sdpa)]
-        if compiled:
-            # what was compiled for other modules only costs guards
-            torch.compiler.reset()
-            again = _reference(setting, drop_path, "eager")
+        for kind in kinds:
+            if kind.attention is None:
+                modes = (None, *setting.modes) if kind.name == "fastskel" else (None,)
+                for mode in modes:
+                    own = _native(setting, drop_path, kind, mode)
+                    providers.append(Provider(f"{kind.name}-{mode}" if mode else kind.name, own, own.streams, kind))
+                continue
+            module = plain if kind.name == BASELINE or kind.precision else _reference(setting, drop_path, kind.attention)
             # one shape is timed: code for any shape would be slower
-            providers.append(Provider("reference-compiled", again, torch.compile(again, dynamic=False)))
-        for mode in (None, *setting.modes):
-            own = _native(setting, drop_path, mode)
-            providers.append(Provider(f"fastskel-{mode}" if mode else "fastskel", own, own.streams))
+            call: Any = torch.compile(module, dynamic=False, mode=kind.mode) if kind.mode else module
+            providers.append(Provider(kind.name, module, call, kind))
     for provider in providers[1:]:
         provider.module.load_state_dict(plain.state_dict(), strict=True)
     return providers
 
 
+def published_arguments(temporal: int, spatial: int, width: int) -> dict[str, Any]:
+    """Return the arguments of the published constructors, by their names, for token sizes M*V*C and T*C."""
+    return dict(
+        t_input_size=temporal, s_input_size=spatial, hidden_size=width, num_head=1, num_layer=2, alpha=0.5, kernel_size=1,
+        gap=4,
+    )  # fmt: skip
+
+
+def open_checkout(setting: Setting, plain: Provider) -> Checkout:
+    """Start the published code of the setting's source with the weights of the plain reference.
+
+    Raises:
+        ValueError: If its folder is none.
+        CheckoutError: If its model cannot be built, or takes other weights.
+    """
+    assert setting.source is not None
+    sizes = BODIES * setting.joints * CHANNELS, setting.frames * CHANNELS
+    # the published class has projectors, too, which nothing here runs
+    whole = USDRL(*sizes, setting.width, 1, backbone="dste" if setting.encoder == "dste" else "sttr")
+    state = whole.state_dict() | {f"backbone.{name}": value for name, value in plain.module.state_dict().items()}
+    return Checkout(setting.source, published_arguments(*sizes, setting.width), state, setting.device)
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Return autocast to bfloat16 for "bf16", none for "fp32"."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Return autocast to bfloat16 for "bf16", to float16 for "fp16", none for "fp32"."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def gate(name: str, what: str, actual: Sequence[Tensor], expected: Sequence[Tensor], limit: float) -> float:

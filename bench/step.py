@@ -1,6 +1,7 @@
 """Time one training step of a recipe: forward, loss, backward and optimiser, on batches that are already on the device or fed.
 
-Run as `python -m fastskel.bench.step --recipe usdrl-dste --precision bf16`; the last line printed is one JSON object.
+Run as `python -m fastskel.bench.step --recipe usdrl-dste --precision bf16`; the last line printed is one JSON object, and
+`--out FILE.jsonl` adds a row to a file. Other systems are compared with it in `fastskel.bench.training`.
 A process per case: peak memory starts from nothing, and an error of the device ends with the process.
 `--feed cached` repeats one batch and leaves the loader out; `native` and `triton` draw a new batch from that engine of the loader
 in every step, so that their time beside the cached one is what loading costs. DropPath is drawn on the host in every step, as
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from fastskel.bench.harness import append_rows, origin
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -182,6 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--batch-size", type=int, help="samples of a step; the recipe's by default")
+    parser.add_argument("--out", type=Path, help="JSON lines file to add the row to")
     parser.add_argument("--feed", choices=FEEDS, default=FEEDS[0], help="where batches come from")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
     given = parser.parse_args(arguments)
@@ -189,6 +192,10 @@ def main(arguments: list[str] | None = None) -> int:
         given.recipe, given.precision, torch.device(given.device), batch_size=given.batch_size, quick=given.quick,
         feed=given.feed,
     )  # fmt: skip
+    if given.out is not None:
+        case = f"{given.recipe} {given.precision} N={figures['batch_size']} {given.feed}"
+        shared = {"part": "recipe-step", "case": case, "provider": "fastskel", "status": "ok"}
+        append_rows(given.out, [{**shared, **figures, **origin(torch.device(given.device))}])
     print(json.dumps(figures))
     return 0
 

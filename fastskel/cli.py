@@ -1,4 +1,4 @@
-"""The command line: `fastskel pack | unpack | convert | info | show | check | pretrain | evaluate | export | demo`."""
+"""The command line: `fastskel pack | unpack | convert | info | show | check | pretrain | evaluate | export | demo | bench`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
+from fastskel.cli_bench import bench_commands
 from fastskel.cli_pack import convert, list_formats, pack_commands, unpack_commands
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ ABOUT = f"""usage: {PROG} COMMAND ...
   evaluate knn|linear RUN DATA  how good its features are
   export RUN --to usdrl         a checkpoint for the reference's scripts
   demo                          all of it, on synthetic motion
+  bench SUITE                   how fast it is on this machine, against the published code
 
 {PROG} COMMAND --help says more, {PROG} --version which one this is."""
 
@@ -360,6 +362,7 @@ COMMANDS: Mapping[str, Command | tuple[str, Callable[[], dict[str, Command]]]] =
     "evaluate": ("TASK", lambda: {"knn": knn, "linear": linear}),
     "export": export,
     "demo": demo,
+    "bench": ("SUITE", bench_commands),
 }
 
 
@@ -386,6 +389,8 @@ def _run(arguments: Sequence[str]) -> None:
     command = _choose(PROG, "COMMAND", COMMANDS, arguments[0])
     if isinstance(command, tuple):
         kind, choices = command[0], command[1]()
+        if arguments[0] == "bench" and not rest:
+            rest = ["quick"]
         if rest and rest[0] in ("-h", "--help"):
             print(_overview(prog, kind, choices))
             return

@@ -34,8 +34,9 @@ LAYERS = {
     "fastskel.bench": 7,
     "fastskel.demo": 7,
     "fastskel.cli_pack": 7,
-    "fastskel.cli": 8,
-    "fastskel.__main__": 9,
+    "fastskel.cli_bench": 8,
+    "fastskel.cli": 9,
+    "fastskel.__main__": 10,
 }
 # imports inside one layer that are part of the design
 FOUNDATIONS = {("fastskel.philox", "fastskel._native"), ("fastskel.skeleton", "fastskel.registry")}

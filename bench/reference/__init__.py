@@ -5,6 +5,8 @@ What fastskel's encoder and losses are compared with, in speed and in numbers. I
 """
 
 from fastskel.bench.reference.loss import cal_xc, similarity, total, v_ac, xcorr_loss
-from fastskel.bench.reference.usdrl import DSTE, STTR, USDRL, init_weights
+from fastskel.bench.reference.usdrl import DSTE, STTR, USDRL, init_weights, xformers_attention
 
-__all__ = ["DSTE", "STTR", "USDRL", "cal_xc", "init_weights", "similarity", "total", "v_ac", "xcorr_loss"]
+__all__ = [
+    "DSTE", "STTR", "USDRL", "cal_xc", "init_weights", "similarity", "total", "v_ac", "xcorr_loss", "xformers_attention",
+]  # fmt: skip

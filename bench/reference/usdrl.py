@@ -7,6 +7,7 @@ DSTE has as many layers as asked for. Keys and their order are those of the publ
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -15,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DSTE", "STTR", "USDRL", "DropPathSource", "init_weights"]
+__all__ = ["DSTE", "STTR", "USDRL", "Attention", "DropPathSource", "init_weights", "xformers_attention"]
 
-Attention = Literal["eager", "sdpa"]
+Attention = Literal["eager", "sdpa", "xformers"]
+ATTENTIONS: tuple[Attention, ...] = ("eager", "sdpa", "xformers")
 # (layer, stream, slot) -> (N,): 0 drops a sample's branch, anything else keeps it; stream 0 is temporal, 1 spatial;
 # slots are CA attention, CA MLP, shifted attention, shifted MLP, plain attention, plain MLP
 DropPathSource = Callable[[int, int, int], Tensor]
@@ -25,7 +27,35 @@ DropPathSource = Callable[[int, int, int], Tensor]
 MAX_POSITIONS = 200
 
 
+def xformers_attention() -> Callable[..., Tensor]:
+    """Return xformers' operator over queries, keys and values (N, S, H, D/H).
+
+    Raises:
+        RuntimeError: If xformers is not installed or its operators do not load; the message says why.
+    """
+    try:
+        operators = importlib.import_module("xformers.ops")
+        # an import succeeds where the compiled part does not load
+        failure = getattr(importlib.import_module("xformers._cpp_lib"), "_cpp_library_load_exception", None)
+    except Exception as error:
+        # whatever a foreign binary raises while it loads is the reason to show
+        raise RuntimeError(f"xformers does not import: {type(error).__name__}: {error}") from error
+    if failure is not None:
+        reason = " ".join(str(failure).split())
+        raise RuntimeError(f"xformers imports, but its operators do not load: {reason}")
+    found: Callable[..., Tensor] = operators.memory_efficient_attention
+    return found
+
+
+def _xformers_attention(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    heads = (*x.shape[:2], attn.num_heads, -1)
+    q, k, v = (part.view(heads) for part in F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1))
+    return attn.out_proj(xformers_attention()(q, k, v).flatten(2))  # type: ignore[no-any-return]
+
+
 def _self_attention(attn: nn.MultiheadAttention, x: Tensor, attention: Attention) -> Tensor:
+    if attention == "xformers":
+        return _xformers_attention(attn, x)
     # the published code asks for the attention map and throws it away
     out: Tensor = attn(x, x, x, need_weights=attention == "eager")[0]
     return out
@@ -132,6 +162,8 @@ class DSTLayer(nn.Module):
 class EagerTransformerLayer(nn.TransformerEncoderLayer):
     """Post-norm ReLU layer over (N, S, D) without torch's fused inference path, which the published release lacks."""
 
+    attention: Attention = "eager"
+
     def forward(
         self,
         src: Tensor,
@@ -140,7 +172,7 @@ class EagerTransformerLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """Transform tokens (N, S, D); masks are not used."""
-        x = self.norm1(src + _self_attention(self.self_attn, src, "eager"))
+        x = self.norm1(src + _self_attention(self.self_attn, src, self.attention))
         return self.norm2(x + self.linear2(F.relu(self.linear1(x))))  # type: ignore[no-any-return]
 
 
@@ -193,8 +225,8 @@ class _Backbone(nn.Module):
                     f"{name}: {argument} must be a positive multiple of {num_channels} channels, got {size}. "
                     "Give M*V*C or T*C."
                 )
-        if attention not in ("eager", "sdpa"):
-            raise ValueError(f"{name}: attention must be 'eager' or 'sdpa', got {attention!r}. Choose one.")
+        if attention not in ATTENTIONS:
+            raise ValueError(f"{name}: attention must be one of {list(ATTENTIONS)}, got {attention!r}. Choose one.")
         if num_head < 1 or hidden_size % num_head or num_layer < 1:
             raise ValueError(
                 f"{name}: num_head must divide hidden_size {hidden_size} and num_layer be at least 1, got {num_head} and "
@@ -220,7 +252,8 @@ class DSTE(_Backbone):
         alpha: Weight of the convolutional attention.
         gap: Every gap-th token passes the shift unchanged.
         drop_path: Probability that a branch is dropped for a sample in training.
-        attention: "eager" computes attention maps as published, "sdpa" goes through scaled_dot_product_attention.
+        attention: "eager" computes attention maps as published, "sdpa" goes through scaled_dot_product_attention, "xformers"
+            through memory_efficient_attention of xformers, which must be installed.
         num_channels: Channels C.
     """
 
@@ -263,7 +296,8 @@ class DSTE(_Backbone):
 class STTR(_Backbone):
     """Spatio-temporal transformer over prepared tokens, (N, T, M*V*C) and (N, M*V, T*C); arguments as for `DSTE`.
 
-    "eager" is what the release of torch that the paper used computes; "sdpa" is torch's own layer of today.
+    "eager" is what the release of torch that the paper used computes, "xformers" the same with its attention; "sdpa" is torch's
+    own layer of today.
     """
 
     def __init__(
@@ -271,9 +305,11 @@ class STTR(_Backbone):
         *, attention: Attention = "eager", num_channels: int = 3,
     ) -> None:  # fmt: skip
         super().__init__(t_input_size, s_input_size, hidden_size, num_head, num_layer, num_channels, attention)
-        kind = EagerTransformerLayer if attention == "eager" else nn.TransformerEncoderLayer
+        kind = nn.TransformerEncoderLayer if attention == "sdpa" else EagerTransformerLayer
         for name in ("t_tr", "s_tr"):
             block = kind(hidden_size, num_head, hidden_size, dropout=0.0, batch_first=True)
+            if isinstance(block, EagerTransformerLayer):
+                block.attention = attention
             self.add_module(name, nn.TransformerEncoder(block, num_layer, enable_nested_tensor=False))
 
     def forward(self, xt: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:

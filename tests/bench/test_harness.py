@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fastskel.bench import harness
@@ -23,33 +26,126 @@ def test_quantiles_are_interpolated():
     assert harness.quantiles([1.0, 2.0]) == pytest.approx((1.2, 1.5, 1.8))
 
 
+class Machine:
+    """A clock that only the work moves: each call takes the next of its provider's times, milliseconds; the last repeats."""
+
+    def __init__(self, **times: Sequence[float]) -> None:
+        self.now, self.order = 0.0, []
+        self.calls = {name: self._call(name, list(values)) for name, values in times.items()}
+
+    def _call(self, name: str, left: list[float]) -> Callable[[], None]:
+        def call() -> None:
+            self.order.append(name)
+            self.now += 1e-3 * (left.pop(0) if len(left) > 1 else left[0])
+
+        return call
+
+    def compare(self, baseline: str, **options: Any) -> list[harness.Timing]:
+        return harness.compare(self.calls, baseline, clock=lambda: self.now, **options)
+
+
 def test_providers_take_turns():
-    order: list[str] = []
-    calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    timings = harness.compare(calls, "b", rounds=4, warmup=2)
-    assert order == list("abc") * 6
-    assert [(timing.provider, timing.rounds) for timing in timings] == [("a", 4), ("b", 4), ("c", 4)]
+    machine = Machine(a=[2.0], b=[2.0], c=[2.0])
+    timings = machine.compare("b", rounds=4, warmup=2)
+    assert machine.order == list("abc") * 6
+    assert [(timing.provider, timing.rounds, timing.warmup) for timing in timings] == [(name, 4, 2) for name in "abc"]
 
 
-def test_ratios_are_of_the_same_round(monkeypatch):
+def test_ratios_are_of_the_same_round():
     # machine slows down round by round: b takes half of a's time in each of them
-    durations = iter([9.0, 9.0, 10.0, 5.0, 20.0, 10.0, 40.0, 20.0])
-    monkeypatch.setattr(harness, "_milliseconds", lambda call, device: next(durations))
-    a, b = harness.compare({"a": list, "b": list}, "a", rounds=3, warmup=1)
-    assert (b.median_ms, b.speedup, b.speedup_q20, b.speedup_q80) == (10.0, 2.0, 2.0, 2.0)
-    assert (a.median_ms, a.speedup) == (20.0, 1.0)
+    machine = Machine(a=[9.0, 10.0, 20.0, 40.0], b=[9.0, 5.0, 10.0, 20.0])
+    a, b = machine.compare("a", rounds=3, warmup=1, limit_s=0.02)
+    assert (b.median_ms, b.speedup, b.speedup_q20, b.speedup_q80) == pytest.approx((10.0, 2.0, 2.0, 2.0))
+    assert (a.median_ms, a.speedup) == pytest.approx((20.0, 1.0))
     assert (b.q20_ms, b.q80_ms) == pytest.approx((7.0, 16.0))
-    # every round of the baseline took twice the time of the one before
-    assert a.noise == b.noise == 0.0
-    assert json.loads(json.dumps(b.row()))["speedup"] == 2.0
+    # every round of the baseline took twice the time of the one before: no spread, but a drift that says enough
+    assert a.noise == b.noise == pytest.approx(0.0)
+    assert b.uncertainty == pytest.approx(0.5) and b.noisy
+    assert json.loads(json.dumps(b.row()))["speedup"] == pytest.approx(2.0)
 
 
-def test_noise_is_the_spread_of_the_baseline(monkeypatch):
-    durations = iter([1.0, 2.0, 1.0, 2.0])
-    monkeypatch.setattr(harness, "_milliseconds", lambda call, device: next(durations))
-    (timing,) = harness.compare({"a": list}, "a", rounds=4, warmup=0)
+def test_noise_is_the_spread_of_the_baseline():
+    (timing,) = Machine(a=[1.0, 2.0, 1.0, 2.0]).compare("a", rounds=4, warmup=0, limit_s=0.0055)
     # ratios 0.5, 2, 0.5
+    assert timing.rounds == 4
     assert timing.noise == pytest.approx((1.4 - 0.5) / 0.5)
+    assert timing.noisy
+
+
+def test_warm_up_goes_on_until_the_baseline_settles():
+    # 100, 50, 20 and 10 are far apart, 10 and 10.4 are close; the other provider does not count
+    machine = Machine(a=[100.0, 50.0, 20.0, 10.0, 10.4, 10.0], b=[5.0, 1.0, 5.0, 1.0, 5.0])
+    a, b = machine.compare("a", rounds=6, warmup=2)
+    assert a.warmup == 5 and a.rounds == 6
+    assert a.median_ms == pytest.approx(10.0) and b.median_ms == pytest.approx(5.0)
+    # a machine that never settles is timed all the same, and found noisy
+    restless = Machine(a=[1.0, 2.0] * 40)
+    (timing,) = restless.compare("a", rounds=6, warmup=2)
+    assert timing.warmup == 2 + harness.MOST_WARMUP and timing.noisy
+    # nor does a case that takes its time wait for it: a quarter of its limit is over after the first round
+    (timing,) = Machine(a=[50.0, 10.0]).compare("a", rounds=6, warmup=1, limit_s=0.2)
+    assert timing.warmup == 1
+    (timing,) = Machine(a=[100.0, 10.0]).compare("a", rounds=6, warmup=0)
+    assert timing.warmup == 0 and timing.q80_ms == pytest.approx(10.0)
+
+
+def test_uncertainty_is_that_of_the_median():
+    # ratios 1.0, 1.1, .. 2.4; three values at each end lie outside of the interval: 1.3 to 2.1 around 1.7
+    ratios = [1.0 + 0.1 * number for number in range(15)]
+    a, b = Machine(a=[10.0], b=[10.0 / ratio for ratio in ratios]).compare("a", rounds=15, warmup=0, limit_s=0.24)
+    assert b.rounds == 15 and b.speedup == pytest.approx(1.7)
+    assert b.uncertainty == pytest.approx(0.4 / 1.7) and b.noisy
+    # the baseline held still
+    assert a.uncertainty == harness.PROCESS_NOISE and not a.noisy
+    # two rounds say nothing, however alike, so there are three
+    assert {timing.rounds for timing in Machine(a=[1.0], b=[1.0]).compare("a", rounds=1)} == {3}
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says():
+    assert harness.median_interval([3.0]) == (3.0, 3.0)
+    assert harness.median_interval([5.0, 1.0, 2.0, 4.0, 3.0]) == (1.0, 5.0)
+    # ranks by tables of the sign test: 6 values none, 9 the second, 15 the fourth, 60 the 22nd
+    for count, rank in ((6, 1), (8, 1), (9, 2), (15, 4), (60, 22)):
+        assert harness.median_interval([float(value) for value in range(1, count + 1)]) == (rank, count + 1 - rank)
+    draw = np.random.default_rng(0)
+    samples = draw.lognormal(0.0, 1.0, (2000, 15))
+    intervals = [harness.median_interval(sample.tolist()) for sample in samples]
+    held = np.mean([low <= 1.0 <= high for low, high in intervals])
+    # 96.5 % by the binomial distribution; three standard errors are 1.2 %
+    assert 0.952 <= held <= 0.978
+
+
+def test_two_runs_agree_within_their_uncertainty():
+    """Runs of one machine, whose times jitter by 10 % and are disturbed now and then, differ by more than both say rarely."""
+    draw = np.random.default_rng(1)
+
+    def run() -> harness.Timing:
+        times = {name: mean * draw.normal(1.0, 0.1, 80).clip(0.5) for name, mean in (("a", 10.0), ("b", 6.0))}
+        for values in times.values():
+            values[draw.random(80) < 0.1] *= 3.0
+        return Machine(**{name: values.tolist() for name, values in times.items()}).compare("a", rounds=15, warmup=2)[1]
+
+    apart = 0
+    for _ in range(200):
+        first, second = run(), run()
+        apart += abs(first.speedup / second.speedup - 1.0) > first.uncertainty + second.uncertainty
+        assert first.speedup == pytest.approx(10 / 6, rel=3 * first.uncertainty)
+    assert apart <= 4
+
+
+def test_more_rounds_are_taken_while_a_ratio_is_uncertain():
+    wild = [8.0, 10.0, 12.0, 9.0, 11.0]
+    quiet = Machine(a=[10.0], b=[5.0]).compare("a", rounds=5, warmup=0)
+    assert {timing.rounds for timing in quiet} == {5}
+    # restless for five rounds, then still: the interval is wide until quiet rounds are twice as many
+    calming = Machine(a=[10.0], b=[*wild, *(50 * [10.0])])
+    assert {timing.rounds for timing in calming.compare("a", rounds=5, warmup=0)} == {15}
+    endless = Machine(a=[10.0], b=wild * 20)
+    timings = endless.compare("a", rounds=5, warmup=0)
+    assert {timing.rounds for timing in timings} == {5 * harness.MOST_ROUNDS}
+    # the limit ends it before
+    timings = Machine(a=[10.0], b=wild * 20).compare("a", rounds=5, warmup=0, limit_s=0.15)
+    assert {timing.rounds for timing in timings} == {8} and timings[1].noisy
 
 
 def test_times_are_milliseconds_and_end_at_the_limit():

@@ -223,7 +223,7 @@ def test_drop_path_draws_when_no_source_is_given():
             "DSTE: num_head must divide hidden_size 8 and num_layer be at least 1, got 3 and 2",
         ),
         (lambda: STTR(15, 24, 8, 1, 0), "num_layer be at least 1, got 1 and 0"),
-        (lambda: DSTE(15, 24, 8, 1, attention="flash"), "attention must be 'eager' or 'sdpa', got 'flash'"),
+        (lambda: DSTE(15, 24, 8, 1, attention="flash"), "attention must be one of ['eager', 'sdpa', 'xformers'], got 'flash'"),
         (lambda: USDRL(15, 24, 8, 1, backbone="gcn"), "USDRL: backbone must be 'dste' or 'sttr', got 'gcn'"),
         (lambda: total([], [], [], "paper"), "total: weighting must be one of ['aaai', 'journal'], got 'paper'"),
     ],
