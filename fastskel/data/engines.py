@@ -139,6 +139,8 @@ class NativeEngine(Engine):
             weakref.finalize(self, self._pins.release)
         self._process = os.getpid()
         self._turns = 0
+        # of a batch in the ring
+        self._rows = 0
 
     def make(self, epoch: int, index: Index) -> list[View]:
         """Make views (N, T, M, V, C) of clips (N,)."""
@@ -175,11 +177,13 @@ class NativeEngine(Engine):
 
     def _open(self, batch_size: int) -> _native.BatchStream:
         """Return the ring for batches of N clips; a process that was forked off makes its own."""
+        if self._rows != batch_size:
+            self.close()
         if self._stream is None or self._process != os.getpid():
             self._stream = _native.BatchStream(
                 self.makers, batch_size=batch_size, num_threads=self.num_threads, depth=DEPTH, keep=self._pins is not None
             )
-            self._process = os.getpid()
+            self._process, self._rows = os.getpid(), batch_size
         return self._stream
 
     def close(self) -> None:

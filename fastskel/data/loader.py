@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -19,7 +22,7 @@ from fastskel.data.transfer import transferred
 from fastskel.data.views import ViewSpec, crop_bounds
 from fastskel.philox import integer_weights
 
-__all__ = ["Loader"]
+__all__ = ["Loader", "num_chunks"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ENGINES = ("native", "numpy", "triton")
@@ -41,6 +44,26 @@ def _device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device("meta")
     _check(chosen.type in ("cpu", "cuda"), "device", "the CPU or a CUDA device", repr(device), "Move the batches with Batch.to")
     return chosen
+
+
+def num_chunks(batch_size: int, chunk: int | None) -> int:
+    """Fewest parts that a batch of N samples is cut into so that none has more than `chunk`; None does not cut it.
+
+    The parts differ by at most one sample, the larger ones come first.
+    """
+    return 1 if chunk is None else -(-batch_size // chunk)
+
+
+def _padded(parts: list[NDArray[np.int64]], size: int) -> NDArray[np.int64]:
+    """Join lists of samples, each but the last filled up to `size` with its last one: engines make parts of one size."""
+    filled = (part if len(part) == size else np.pad(part, (0, size - len(part)), mode="edge") for part in parts[:-1])
+    return np.concatenate([*filled, parts[-1]])
+
+
+def _first(views: list[View], rows: int) -> list[View]:
+    if len(views[0].clips) == rows:
+        return views
+    return [replace(view, clips=view.clips[:rows], mask=view.mask[:rows]) for view in views]
 
 
 class Loader:
@@ -230,36 +253,75 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch: batches of views (N, T, M, V, C)."""
+        with contextlib.closing(self.steps()) as steps:
+            for (whole,) in steps:
+                yield from whole
+
+    def steps(self, chunk: int | None = None, passes: int = 1) -> Generator[tuple[Iterator[Batch], ...], None, None]:
+        """Yield the rest of the current epoch in pieces, so that no batch is ever whole in memory.
+
+        A batch is cut into the `num_chunks` parts of its rows in order. They are made again for every pass: views are
+        functions of their address. What of a batch was not asked for is passed over.
+
+        Args:
+            chunk: Most samples n of a part, at least 1; None leaves batches whole.
+            passes: How often the parts of a batch come, at least 1.
+        Returns:
+            For each batch one iterator a pass, to be read one after the other, over its parts: views (n, T, M, V, C).
+            The batch counts as handed out with its first part.
+        """
+        _check(chunk is None or chunk >= 1, "chunk", "at least 1", chunk, "Leave it out for whole batches")
+        _check(passes >= 1, "passes", "at least 1", passes, "Ask for one")
         self._turn()
         epoch = self.epoch
         _check(epoch < MAX_EPOCH, "epoch", "below 2^32", epoch, "Start again with another seed")
         self._iteration += 1
         own = self._iteration
         rest = self.order(epoch)[self.position * self.batch_size :]
-        made = self._engine.stream(epoch, rest, self.batch_size)
-        batches = (self._batch(epoch, index, views) for index, views in made)
-        on_device: Iterator[Batch] = batches
+        size = -(-self.batch_size // num_chunks(self.batch_size, chunk))
+        batches = (rest[begin : begin + self.batch_size] for begin in range(0, len(rest), self.batch_size))
+        plan = [np.array_split(batch, num_chunks(len(batch), size)) for batch in batches]
+        parts = [part for batch in plan for part in batch * passes]
+        made = self._engine.stream(epoch, _padded(parts, size), size)
+        pieces = (self._batch(epoch, part, _first(views, len(part))) for part, (_, views) in zip(parts, made, strict=False))
+        on_device: Iterator[Batch] = pieces
         if isinstance(self._engine, TritonEngine):
-            on_device = (batch.to(self.device, non_blocking=True) for batch in batches)
+            on_device = (piece.to(self.device, non_blocking=True) for piece in pieces)
         elif self.device.type != "cpu":
-            on_device = transferred(batches, self.device)
+            on_device = transferred(pieces, self.device)
         try:
-            for batch in on_device:
-                self.position += 1
-                yield batch
-                if own != self._iteration:
-                    raise RuntimeError(
-                        "Loader: iterations must follow one another, got two at once, or a state that was loaded in between. "
-                        "Make a second loader, or iterate again."
-                    )
-            if self.position < len(self):
-                raise RuntimeError("Loader: iterations must end before the loader is closed, got one that goes on. Begin again.")
+            for batch in plan:
+                turns = tuple(self._turns(on_device, len(batch), own, counts=turn == 0) for turn in range(passes))
+                yield turns
+                for _ in itertools.chain(*turns):
+                    pass
+                self._check_iteration(own)
         finally:
             # in this order: each lets go of what the next one holds
-            for part in (on_device, batches, made):
+            for part in (on_device, pieces, made):
                 if isinstance(part, Generator):
                     part.close()
         self._turn()
+
+    def _turns(self, pieces: Iterator[Batch], number: int, own: int, *, counts: bool) -> Iterator[Batch]:
+        """Hand out the next parts, `number` of them, of views (n, T, M, V, C), and keep none."""
+        for turn in range(number):
+            yield self._next(pieces, own, counts=counts and turn == 0)
+
+    def _next(self, pieces: Iterator[Batch], own: int, *, counts: bool) -> Batch:
+        self._check_iteration(own)
+        piece = next(pieces, None)
+        if piece is None:
+            raise RuntimeError("Loader: iterations must end before the loader is closed, got one that goes on. Begin again.")
+        self.position += counts
+        return piece
+
+    def _check_iteration(self, own: int) -> None:
+        if own != self._iteration:
+            raise RuntimeError(
+                "Loader: iterations must follow one another, got two at once, or a state that was loaded in between. "
+                "Make a second loader, or iterate again."
+            )
 
     def close(self) -> None:
         """Stop the threads and give back the memory; batches (N, T, M, V, C) that were handed out stay."""

@@ -35,7 +35,8 @@ class Objective(nn.Module, abc.ABC):
 
     Attributes:
         views: How each view of a sample is made; a batch has one (N, T, M, V, C) view for each.
-        needs_whole_batch: Whether `loss` couples the samples of a batch, so that it must see all embeddings at once.
+        needs_whole_batch: Whether `loss` couples the samples of a batch, so that it must see all embeddings at once; else it is
+            a mean over samples.
     """
 
     views: tuple[ViewSpec, ...]
@@ -43,11 +44,17 @@ class Objective(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def embed(self, encoder: Encoder, batch: Batch) -> dict[str, Tensor]:
-        """Embed all views of a batch: tensors with leading (W, N)."""
+        """Embed all views of a batch, or of a chunk of one: tensors with leading (W, N).
+
+        The same again for the same batch and parameters: draws are addressed, and buffers that it changes are not read.
+        """
 
     @abc.abstractmethod
     def loss(self, embeddings: dict[str, Tensor], batch: Batch, progress: float) -> Terms:
-        """Score embeddings with leading (W, N); `progress` runs from 0 to 1 over the training."""
+        """Score embeddings with leading (W, N); `progress` runs from 0 to 1 over the training.
+
+        A batch that was embedded in chunks has no views here, where the objective needs the whole batch.
+        """
 
     def epoch_start(self, epoch: int) -> None:
         """Be told that an epoch begins, or that a resumed run goes on inside it."""

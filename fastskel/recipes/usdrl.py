@@ -38,6 +38,8 @@ class USDRLRecipe:
         shear: Largest factor of the shear, 1 as published.
         epochs: Passes over the data.
         batch_size: Clips per step, of all processes together.
+        chunk: Clips in memory at a time, of all processes together: the loss stays that of the batch, BatchNorm is by chunk; a
+            third more work. None takes the whole batch.
         optimizer: Optimiser; lamb and lars are for batches of thousands.
         lr: Learning rate; of batches of `base_batch_size` if it is scaled.
         lr_scaling: How the learning rate grows with the batch: not at all, linearly, or with its square root.
@@ -77,6 +79,7 @@ class USDRLRecipe:
     shear: float = 1.0
     epochs: int = 451
     batch_size: int = 356
+    chunk: int | None = None
     optimizer: Optimizer = "adam"
     lr: float = 5e-4
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
@@ -123,7 +126,7 @@ class USDRLRecipe:
             encoder=f"usdrl-{self.encoder}", encoder_options=options,
             objective="mgfd", objective_options={"weighting": self.weighting},
             views=views, eval_view=eval_view(self.frames, self.stream, self.normalise),
-            epochs=self.epochs, batch_size=self.batch_size, optimizer=self.optimizer, lr=self.scaled_lr(),
+            epochs=self.epochs, batch_size=self.batch_size, chunk=self.chunk, optimizer=self.optimizer, lr=self.scaled_lr(),
             weight_decay=self.weight_decay, decay_matrices_only=self.decay_matrices_only, clip_norm=self.clip_norm,
             schedule=self.schedule, milestones=self.milestones, lr_final=self.lr_final, warmup_steps=self.warmup_steps,
             average=self.average, precision=self.precision, seed=self.seed, synchronise_norms=self.synchronise_norms,

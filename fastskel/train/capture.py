@@ -19,7 +19,7 @@ class CapturedStep:
     The step must be the same work each time: inputs of one shape that are copied into the same tensors, DropPath masked
     (`configure(drop_path_mode="mask")`) with everything of their address on the device (`Batch.index` moved there, `Batch.at`
     with a tensor for the step), an optimizer with `capturable=True`, and nothing that waits for the device. Numbers of Python
-    are repeated as they were at the capture. Warm-up steps are real steps.
+    are repeated as they were at the capture. Warm-up steps are real steps. Steps in chunks refuse: their views are made anew.
 
     Args:
         step: Forward and backward pass and update; returns what is to be read afterwards, e.g. the loss ().

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,16 +19,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastskel.data.batch import Batch
-from fastskel.data.loader import Loader
+from fastskel.data.loader import Loader, num_chunks
 from fastskel.data.packed import PackedDataset
 from fastskel.dist import all_reduce_sum, exchange, rank_and_world
 from fastskel.models.encoder import ENCODERS, Encoder
 from fastskel.objectives.objective import OBJECTIVES, Objective, Terms
 from fastskel.train.checkpoint import Checkpoint, load_weights, newest, read_checkpoint, weights
 from fastskel.train.checkpoint_writer import CheckpointWriter
+from fastskel.train.chunked import Gradients, Outcome, choose_gradients
 from fastskel.train.optimiser import Average, build_optimizer, learning_rate
 from fastskel.train.preemption import Preempted, StopRequest, stop_on_signals
-from fastskel.train.processes import Forward, TrainingStopped, check_alike, join, mean_deviation, on_first, processes
+from fastskel.train.processes import TrainingStopped, check_alike, mean_deviation, on_first, processes
 from fastskel.train.record import create_record, has_record, note_resumed, origin, resume_record, run_identity
 from fastskel.train.runlog import RunLog
 from fastskel.train.stage import Stage, describe
@@ -56,11 +57,16 @@ class _Run:
     # figure, value and step of the best checkpoint
     best: dict[str, Any] | None = None
     # what a checkpoint is read into comes first, then the processes share it
-    forward: Forward = field(init=False)
+    gradients: Gradients = field(init=False)
 
     @property
     def total_steps(self) -> int:
         return self.stage.epochs * len(self.loader)
+
+    @property
+    def chunk(self) -> int | None:
+        """Most samples that this process takes at a time."""
+        return None if self.stage.chunk is None else self.stage.chunk // self.loader.world_size
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -173,11 +179,12 @@ def start(stage: Stage) -> tuple[Encoder, Objective]:
 
 def _build(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | None, device: torch.device) -> _Run:
     rank, world = rank_and_world()
-    if stage.batch_size % world:
-        raise ValueError(
-            f"pretrain: batch_size must be a multiple of the {world} processes, got {stage.batch_size}. It counts the samples "
-            "of all of them; choose another."
-        )
+    for name, value in {"batch_size": stage.batch_size, "chunk": stage.chunk or 0}.items():
+        if value % world:
+            raise ValueError(
+                f"pretrain: {name} must be a multiple of the {world} processes, got {value}. It counts the samples "
+                "of all of them; choose another."
+            )
     encoder, objective = start(stage)
     encoder.to(device).train()
     objective.to(device).train()
@@ -190,22 +197,26 @@ def _build(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | No
     return _Run(stage, encoder, objective, optimizer, loader, average=average)
 
 
-def _train_step(
-    run: _Run, batch: Batch, device: torch.device, progress: float
-) -> tuple[Terms, dict[str, Tensor], Tensor]:
-    """Take the gradient of a batch of (N, T, M, V, C) views; return terms, embeddings (W, N, D), and its norm, ()."""
-    batch = batch.at(run.stage.seed, run.step)
+def _choose_gradients(run: _Run, device: torch.device) -> Gradients:
+    rows = run.loader.batch_size
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=run.stage.precision == "bf16")
+    return choose_gradients(
+        run.encoder, run.objective, num_rows=rows, num_chunks=num_chunks(rows, run.chunk), autocast=autocast,
+        synchronise_norms=run.stage.synchronise_norms,
+    )  # fmt: skip
+
+
+def _train_step(run: _Run, passes: Sequence[Iterator[Batch]], progress: float) -> tuple[Outcome, Tensor]:
+    """Take the gradient of a batch of (N, T, M, V, C) views; return what was found out, and its norm, ()."""
     for group in run.optimizer.param_groups:
         group["lr"] = run.lr
-    with torch.autocast(device.type, torch.bfloat16, enabled=run.stage.precision == "bf16"):
-        terms, embeddings = run.forward(batch, progress)
     run.optimizer.zero_grad(set_to_none=True)
-    terms.total.backward()  # type: ignore[no-untyped-call]
+    found = run.gradients([(part.at(run.stage.seed, run.step) for part in each) for each in passes], progress)
     parameters = run.parameters()
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if run.stage.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, run.stage.clip_norm, norm)
-    return terms, embeddings, norm
+    return found, norm
 
 
 def _figures(terms: Terms, embeddings: Mapping[str, Tensor], norm: Tensor) -> dict[str, float]:
@@ -225,6 +236,15 @@ def _advice(lr: float) -> str:
     )
 
 
+def _spoilt(run: _Run, batch: Batch) -> Tensor:
+    """Mark the samples, (N,), of which a view is not finite."""
+    chunks = torch.split(batch.index, run.chunk or len(batch))
+    # views of a batch in chunks are gone, and made again
+    parts = [batch] if batch.views else (run.loader.batch(run.loader.epoch, index.numpy()) for index in chunks)
+    whole = (torch.stack([view.clips.isfinite().flatten(1).all(1) for view in part.views]).all(0).cpu() for part in parts)
+    return ~torch.cat(list(whole))
+
+
 def _check(figures: Mapping[str, float], run: _Run, batch: Batch, lr: float) -> None:
     # first: cross-correlations of equal embeddings divide by their deviation, so a collapse may show as NaN
     if figures["embedding_std"] < COLLAPSED_DEVIATION:
@@ -235,10 +255,9 @@ def _check(figures: Mapping[str, float], run: _Run, batch: Batch, lr: float) -> 
         )
     bad = [name for name, value in figures.items() if not math.isfinite(value)]
     if bad:
-        spoilt = ~torch.stack([view.clips.isfinite().flatten(1).all(1) for view in batch.views]).all(0)
-        marked = torch.where(spoilt.cpu(), batch.index, -1).tolist()
+        marked = torch.where(_spoilt(run, batch), batch.index, -1).tolist()
         # ranks took turns in the order of the batch
-        turns = zip(*exchange(marked, spoilt.device), strict=True)
+        turns = zip(*exchange(marked, batch.labels.device), strict=True)
         names = [str(run.loader.dataset.names[number]) for turn in turns for number in turn if number >= 0]
         raise TrainingStopped(
             f"pretrain: the loss and its gradient must stay finite, got {figures['loss']} at step {run.step} "
@@ -268,7 +287,6 @@ def _saved(run: _Run, writer: CheckpointWriter | None, log: RunLog | None, compl
 def _train(
     run: _Run,
     writer: CheckpointWriter | None,
-    device: torch.device,
     monitors: Sequence[Monitor],
     log: RunLog | None,
     request: StopRequest,
@@ -280,15 +298,17 @@ def _train(
         epoch = run.loader.epoch
         # told again where a run resumes within an epoch: what it does depends on the epoch alone
         run.objective.epoch_start(epoch)
-        for batch in run.loader:
-            terms, embeddings, norm = _train_step(run, batch, device, run.step / total)
+        for passes in run.loader.steps(run.chunk, run.gradients.passes):
+            found, norm = _train_step(run, passes, run.step / total)
             if run.step % stage.log_steps == 0 or run.step + 1 == total:
-                figures, lr = _figures(terms, embeddings, norm), run.lr
-                _check(figures, run, batch, lr)
+                figures, lr = _figures(found.terms, found.embeddings, norm), run.lr
+                _check(figures, run, found.batch, lr)
                 rate = stage.batch_size * (run.step - first + 1) / (time.perf_counter() - started)
                 if log is not None:
                     log.write({"step": run.step, "epoch": epoch, "lr": lr, "samples_per_s": round(rate, 2), **figures})
                 bar.set_postfix(loss=f"{figures['loss']:.3f}", samples_per_s=f"{rate:.0f}", refresh=False)
+            # before the next one's are made
+            del found
             run.optimizer.step()
             if run.average is not None:
                 run.average.update(run.encoder, run.step)
@@ -402,7 +422,7 @@ def _pretrain(
         about = {"recipe": describe(recipe or {}), "data": str(dataset.path), **origin(place), "identity": identity}
         on_first(lambda: create_record(folder, about, indices))
     try:
-        run.forward = join(run.encoder, run.objective, synchronise_norms=stage.synchronise_norms)
+        run.gradients = _choose_gradients(run, place)
         with (
             contextlib.closing(RunLog(folder, run.step, tensorboard)) if first else contextlib.nullcontext() as log,
             CheckpointWriter(folder, stage.keep_checkpoints) if first else contextlib.nullcontext() as writer,
@@ -411,7 +431,7 @@ def _pretrain(
                 dynamic_ncols=True,
             ) as bar,
         ):  # fmt: skip
-            return _train(run, writer, place, monitors, log, request, bar)
+            return _train(run, writer, monitors, log, request, bar)
     except ValueError:
         # refused before it did anything: the corrected run may have the folder
         if run.step == 0 and not resume and first:

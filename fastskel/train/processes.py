@@ -27,7 +27,7 @@ from fastskel.train.preemption import Preempted
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["Forward", "Step", "TrainingStopped", "check_alike", "join", "mean_deviation", "on_first", "processes"]
+__all__ = ["Pair", "Step", "TrainingStopped", "check_alike", "join", "mean_deviation", "on_first", "processes"]
 
 # what torchrun tells each process
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -40,20 +40,23 @@ SYMPTOMS = ("gloo", "NCCL", "onnection", "imed out")
 FAILED, READ = "fastskel-failed", "fastskel-read"
 
 T = TypeVar("T")
-# what a module makes of a share of a batch: terms, and embeddings (W, N, D), detached
-Forward = Callable[[Batch, float], tuple[Terms, dict[str, Tensor]]]
+M = TypeVar("M", bound="Pair")
 
 
 class TrainingStopped(RuntimeError):
     """The training cannot go on: it diverged or collapsed, or one of its processes failed."""
 
 
-class Step(nn.Module):
+class Pair(nn.Module):
     """Encoder and objective as one module, so that DistributedDataParallel sees a whole forward pass."""
 
     def __init__(self, encoder: Encoder, objective: Objective) -> None:
         super().__init__()
         self.encoder, self.objective = encoder, objective
+
+
+class Step(Pair):
+    """Embeds a batch and takes its loss."""
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, dict[str, Tensor]]:
         """Return the terms of a batch of views (N, T, M, V, C), and its embeddings (W, N, D), detached."""
@@ -233,20 +236,22 @@ def check_alike(described: Mapping[str, Any]) -> None:
         )
 
 
-def join(encoder: Encoder, objective: Objective, *, synchronise_norms: bool) -> Forward:
-    """Make the module that takes a step on this process's share of a batch, as `Step.forward` does.
+def join(step: M, *, synchronise_norms: bool) -> M | DistributedDataParallel:
+    """Make the module that does what `step` does on this process's share of a batch, (N, T, M, V, C) a view.
 
-    Gradients of parameters become those of the whole batch, in all processes, once the loss is differentiated.
+    Gradients of parameters become those of the whole batch, in all processes, once the loss is differentiated. The objective
+    takes the loss over all processes if it couples samples.
 
     Args:
-        encoder: On its device, with the weights to start from; rank 0's count.
-        objective: Takes the loss over all processes if it couples samples.
+        step: Holds encoder and objective, on their device, with the weights to start from; rank 0's count.
         synchronise_norms: Whether the objective's BatchNorm sees the samples of all processes.
+    Returns:
+        The step itself where this process is alone, else under DistributedDataParallel.
     Raises:
         ValueError: If the objective, or BatchNorm in the encoder, cannot do so.
     """
     _, world = rank_and_world()
-    step = Step(encoder, objective)
+    encoder, objective = step.encoder, step.objective
     if world == 1:
         return step
     share = getattr(objective, "share", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import warnings
@@ -25,6 +26,7 @@ __all__ = ["create_record", "has_record", "note_resumed", "origin", "resume_reco
 CONFIG_FILE, INDICES_FILE = "config.json", "indices.npy"
 # settings that change neither weights nor log records of a step: a resumed run may have others
 FREE_SETTINGS = ("num_threads", "checkpoint_steps", "keep_checkpoints", "keep_best", "log_steps", "name")
+_DEFAULTS = {f.name: describe(f.default) for f in dataclasses.fields(Stage) if f.default is not dataclasses.MISSING}
 # what the bits of a training depend on beside its configuration
 MACHINE = ("device", "processes", "threads", "versions")
 
@@ -90,7 +92,9 @@ def resume_record(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text())
         before, stage = config["identity"], identity["stage"]
-        changed = sorted(k for k, v in before["stage"].items() if k not in FREE_SETTINGS and v != stage.get(k))
+        # a record from before a setting existed was made with its default
+        settings = {**_DEFAULTS, **before["stage"]}
+        changed = sorted(k for k, v in settings.items() if k not in FREE_SETTINGS and v != stage.get(k))
         changed += [k for k in ("data", "indices") if before[k] != identity[k]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -31,6 +31,8 @@ class Stage:
         eval_view: How downstream tasks make their one view.
         epochs: Passes over the data.
         batch_size: Samples N per step, of all processes together.
+        chunk: Most samples that are on the devices at a time, of all processes together; a batch is cut into parts that differ
+            by at most one sample in each process, and BatchNorm takes the statistics of a part. None leaves it whole.
         optimizer: adam, adamw, lamb or lars.
         lr: Learning rate.
         weight_decay: Weight decay: coupled in adam, decoupled in adamw, inside of the scaled update in lamb and lars.
@@ -63,6 +65,7 @@ class Stage:
     objective_options: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 451
     batch_size: int = 356
+    chunk: int | None = None
     optimizer: Optimizer = "adam"
     lr: float = 5e-4
     weight_decay: float = 1e-5
@@ -93,6 +96,8 @@ class Stage:
                 raise ValueError(
                     f"Stage: {name} must be at least {least}, got {getattr(self, name)}. Give a larger number."
                 )
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"Stage: chunk must be at least 1, got {self.chunk}. Leave it out for whole batches.")
         # written so that NaN fails
         if not (0 < self.lr < math.inf and 0 < self.lr_factor < math.inf and 0 <= self.weight_decay < math.inf):
             raise ValueError(

@@ -17,7 +17,7 @@ from fastskel.data import PackedDataset, make_synthetic
 from fastskel.recipes import RECIPES
 from fastskel.train import Stage, build_optimizer, checkpoint, learning_rate, load_encoder, pretrain
 from fastskel.train.optimiser import Average
-from fastskel.train.pretrain import _build, _train_step
+from fastskel.train.pretrain import _build, _choose_gradients, _train_step
 
 NUM_CLIPS = 16
 OPTIMIZERS = ("adam", "adamw", "lamb", "lars")
@@ -145,12 +145,10 @@ def test_formulae(dataset, name: str, decay_matrices_only: bool) -> None:
 
 def test_the_gradient_is_clipped(dataset) -> None:
     def step(clip: float) -> tuple[torch.Tensor, torch.Tensor]:
-        run = _build(replace(make_stage(dataset), clip_norm=clip), dataset, None, torch.device("cpu"))
-        batch = next(iter(run.loader))
-        run.forward = lambda batch, progress: (
-            run.objective.loss(z := run.objective.embed(run.encoder, batch), batch, progress), z
-        )  # fmt: skip
-        _, _, norm = _train_step(run, batch, torch.device("cpu"), 0.0)
+        run = _build(replace(make_stage(dataset), batch_size=NUM_CLIPS, clip_norm=clip), dataset, None, torch.device("cpu"))
+        run.gradients = _choose_gradients(run, torch.device("cpu"))
+        # to its end: an epoch of one step
+        ((_, norm),) = [_train_step(run, passes, 0.0) for passes in run.loader.steps()]
         return norm, torch.cat([p.grad.flatten() for p in run.parameters() if p.grad is not None])
 
     free, gradient = step(0.0)

@@ -516,6 +516,17 @@ def test_two_checkpoints_stay_and_leftovers_go(dataset, tmp_path, monkeypatch) -
     assert checkpoints(tmp_path / "run") == ["step-000000005", "step-000000006"]
 
 
+def test_settings_newer_than_the_record_count(dataset, tmp_path, finished) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = json.loads((run / "config.json").read_text())
+    del config["identity"]["stage"]["chunk"], config["identity"]["stage"]["schedule"]
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="a resumed run must keep its configuration and data, got other chunk, schedule"):
+        train(dataset, run, stage=make_stage(dataset, chunk=4, schedule="cosine"), resume=True)
+    assert train(dataset, run, resume=True).name == "step-000000006"
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(dataset, tmp_path, monkeypatch, finished) -> None:
     def save_file(tensors, path) -> None:
         if "step-000000006" in str(path):
