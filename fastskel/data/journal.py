@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ FINISHED = "finished"
 COMMIT_SECONDS = 1.0
 
 Stamp = tuple[int, int]
+# whether the file at a path still has no clip, or one of a name that is taken
+StillBad = Callable[[str, Container[str]], bool]
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,7 @@ class Journal:
         job: Mapping[str, Any],
         files: Sequence[tuple[str, Stamp]],
         joints: tuple[int, int],
-        *,
-        skip_bad: bool,
+        still_bad: StillBad | None,
     ) -> None:
         self.folder = folder
         self.done: list[Entry] = []
@@ -88,7 +89,7 @@ class Journal:
         if first == header:
             entries = [Entry.of(json.loads(line)) for line in lines]
             self._take_frames_back(entries)
-            self.done = self._still_there(entries, files, joints, skip_bad)
+            self.done = self._still_there(entries, files, joints, still_bad)
         elif first:
             self._say_unused("other files, options or versions")
         shutil.rmtree(folder / FINISHED, ignore_errors=True)
@@ -118,14 +119,23 @@ class Journal:
         self._committed = time.monotonic()
 
     def _still_there(
-        self, entries: Sequence[Entry], files: Sequence[tuple[str, Stamp]], joints: tuple[int, int], skip_bad: bool
+        self,
+        entries: Sequence[Entry],
+        files: Sequence[tuple[str, Stamp]],
+        joints: tuple[int, int],
+        still_bad: StillBad | None,
     ) -> list[Entry]:
-        done = []
+        done: list[Entry] = []
+        names: set[str] = set()
         for entry, file in zip(entries, files, strict=False):
+            if (entry.path, entry.stamp) != file:
+                break
             # a damaged file was left out on request; without the request it is an error
-            if (entry.path, entry.stamp) != file or (entry.damaged and not skip_bad):
+            if entry.damaged and not (still_bad and still_bad(entry.path, names)):
                 break
             done.append(entry)
+            if entry.clip is not None:
+                names.add(entry.clip.name)
         clips = _clips(done)
         if clips:
             num_frames, shape = _extent(clips, joints)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fastskel.skeleton import Topology
 
-__all__ = ["NORMALISATIONS", "align_body", "body_frame", "center", "normalise", "prenorm"]
+__all__ = ["NORMALISATIONS", "align_body", "body_frame", "center", "check_axes", "normalise", "prenorm"]
 
 NORMALISATIONS = ("none", "center", "center-first", "align", "align-yaw")
 # below this a direction or an angle is rounding noise: the bound of the AGCN code
@@ -39,6 +39,23 @@ def normalise(clip: NDArray[np.float32], kind: str, topology: Topology) -> NDArr
     if kind == "align-yaw":
         return align_body(clip, topology, upright=False)
     raise ValueError(f"normalise: kind must be one of {', '.join(NORMALISATIONS)}, got {kind!r}. Choose one.")
+
+
+def check_axes(kind: str, channels: Sequence[str], up_axis: str) -> None:
+    """Refuse to align what is not x, y and z with y up: the third channel of flat clips is a score.
+
+    Args:
+        kind: Normalisation.
+        channels: Names of the channels, (C,).
+        up_axis: Axis that points up.
+    Raises:
+        ValueError: If clips with these axes cannot be aligned.
+    """
+    if kind in ("align", "align-yaw") and (tuple(channels) != ("x", "y", "z") or up_axis != "y"):
+        raise ValueError(
+            "pack_source: normalisation must be none, center or center-first unless channels are x, y, z with y up, "
+            f"got {kind!r} for {', '.join(channels)} with {up_axis} up. Choose another."
+        )
 
 
 def center(clip: NDArray[np.float32], topology: Topology, *, per_frame: bool = True) -> NDArray[np.float32]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,10 @@ from fastskel import _native
 from fastskel.data.formats import FORMATS, PREPARED, SkipFile, SourceClip
 from fastskel.data.gather import ClipFacts, GatheredClips
 from fastskel.data.journal import FINISHED, Entry, Journal
-from fastskel.data.normalise import NORMALISATIONS, normalise
+from fastskel.data.normalise import NORMALISATIONS, check_axes, normalise
 from fastskel.data.pack_clips import pack_arrays
 from fastskel.data.pack_summary import PackSummary
-from fastskel.data.packed import FORMAT_VERSION
+from fastskel.data.packed import FORMAT_VERSION, checksum
 from fastskel.data.read_ahead import read_ahead
 from fastskel.data.source import SourceFiles, open_source
 from fastskel.data.topology_file import topology_to_json
@@ -50,7 +50,8 @@ def pack_source(
 
     A call that is killed, interrupted, or stopped by an error leaves what it packed in `DST.packing`; the same call goes
     on there and ends with the same bytes. Files that were added, removed or changed in between are heeded: all before the
-    first of them in the order of packing is kept. Prepared formats begin again.
+    first of them in the order of packing is kept, or nothing where only what comes later has the most bodies. Prepared
+    formats begin again.
 
     Args:
         format_name: Name in `FORMATS`, such as "utd-mhad", or in `PREPARED`, such as "pyskl".
@@ -88,7 +89,7 @@ def pack_source(
         job.look_at(files, skip_bad)
         stamps = [(path, files.stamps[path]) for path in files.paths]
         joints = (job.layout.num_joints, len(job.format.channels))
-        journal = Journal(folder, job.identity(files), stamps, joints, skip_bad=skip_bad)
+        journal = Journal(folder, job.identity(files), stamps, joints, partial(job.still_bad, files) if skip_bad else None)
         gathered = GatheredClips(job.format)
         try:
             left_out = _pack_files(job, files, journal, gathered, threads or _native.available_cpus(), skip_bad, progress)
@@ -144,6 +145,7 @@ class _Job:
         if self.format.layout_of is not None:
             self._take_layout(files, skip_bad)
         self.layout = topology(self.format.topology) if self.format.layout is None else self.format.layout
+        check_axes(self.normalisation, self.format.channels, self.format.up_axis)
         # a normalisation that is not for these joints and channels is an error of the call, not of a file
         one_frame = np.zeros((1, 1, self.layout.num_joints, len(self.format.channels)), dtype=np.float32)
         normalise(one_frame, self.normalisation, self.layout)
@@ -166,12 +168,19 @@ class _Job:
             "format_version": FORMAT_VERSION,
             "versions": versions(),
             "options": self.options,
+            # a list of labels may be called like a word
+            "files": {name: checksum(Path(value)) for name, value in self.options.items() if _is_file(value)},
             "normalisation": self.normalisation,
             # as given: names of folders may be classes
             "source": [self.src, os.path.abspath(self.src)],
             "archive": None if archive is None else [archive.st_size, archive.st_mtime_ns],
             "beside": [[path, *files.stamps[path]] for path in files.beside],
         }
+
+    def still_bad(self, files: SourceFiles, path: str, names: Container[str]) -> bool:
+        """Say whether a file is to be left out again: mending, as of its permissions, need not show in size and time."""
+        outcome = self.read(files, path)
+        return isinstance(outcome, ValueError) or (isinstance(outcome, SourceClip) and outcome.name in names)
 
     def read(self, files: SourceFiles, path: str) -> Outcome:
         """Read and normalise one clip, (T, M, V, C), in whatever thread."""
@@ -180,6 +189,10 @@ class _Job:
             return replace(clip, frames=normalise(clip.frames, self.normalisation, self.layout))
         except (SkipFile, ValueError) as outcome:
             return outcome
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, str) and os.path.isfile(value)
 
 
 def _pack_files(

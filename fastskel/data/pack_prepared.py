@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fastskel.data.formats.prepared import PREPARED
+from fastskel.data.normalise import check_axes
 from fastskel.data.pack_clips import pack_arrays
 from fastskel.data.pack_summary import PackSummary
+from fastskel.data.writer import check_new
 
 __all__ = ["pack_prepared"]
 
@@ -47,7 +49,10 @@ def pack_prepared(
     path = Path(src)
     if not path.exists():
         raise ValueError(f"pack_source: source must be a folder or a file, got nothing, in {path}. Correct the path.")
+    # before the files are read, which can take minutes
+    check_new("pack_source", dst)
     source = fmt.open(path, chosen)
+    check_axes(normalisation, source.channels, source.up_axis)
     bar = tqdm(source.clips, f"packing {format_name}", len(source.names), unit="clip", disable=not progress)
     try:
         dataset = pack_arrays(
@@ -71,7 +76,9 @@ def pack_prepared(
     except ValueError as error:
         if not str(error).startswith("pack_arrays:"):
             raise
-        raise ValueError(f"pack_source:{str(error).removeprefix('pack_arrays:')} It is of {path}.") from error
+        text = str(error).removeprefix("pack_arrays:")
+        about = "" if text.startswith(" destination") else f" It is of {path}."
+        raise ValueError(f"pack_source:{text}{about}") from error
     finally:
         bar.close()
     bodies, seconds = int(dataset.num_bodies.max()), time.perf_counter() - begin

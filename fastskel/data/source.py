@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
 import lzma
@@ -34,9 +35,22 @@ MAX_HEADER_BYTES = 1 << 20
 _COMPRESSED = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz"}
 # a clip of an hour is some tens of megabytes as text: whatever is larger is no clip
 MAX_FILE_BYTES = 256 << 20
+# of the disk that the copy of an archive is written to; whatever else the system refuses is about the archive
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Member(tarfile.TarInfo):
+    """A member of an archive whose damaged header is an error; tarfile would take it for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _Member:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {archive.offset}") from error
+
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
         member: _Member = super().frombuf(buf, encoding, errors)
@@ -149,9 +163,11 @@ def open_source(
             try:
                 _spool_archive(files, suffix)
             except _DAMAGED as error:
-                # decompressors raise OSError without a number; with one it is the system's, about the disk
-                if isinstance(error, OSError) and error.errno is not None:
+                # decompressors raise OSError without a number; with one it is the system's
+                if isinstance(error, OSError) and error.errno in _NO_ROOM:
                     raise
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise _unreadable("readable", str(error.strerror), root, "Mend it") from error
                 contract = "a folder or a complete tar or zip archive"
                 # one line, of a length to read: zipfile says what it found
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -178,6 +194,9 @@ def _list_folder(files: SourceFiles, suffix: str, scratch: Path) -> None:
     for folder, folders, names in os.walk(files.root, onerror=unlistable):
         # the destination may lie inside the source
         folders[:] = [name for name in folders if not os.path.samefile(os.path.join(folder, name), scratch)]
+        links = [Path(folder) / name for name in folders if os.path.islink(os.path.join(folder, name))]
+        # they may lead in circles, or twice to the same files
+        files.skipped += [(link.relative_to(files.root).as_posix(), "a link to a folder, not followed") for link in sorted(links)]
         found += [(Path(folder) / name).relative_to(files.root) for name in names]
     for path in sorted(found):
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from fastskel.data.writer import check_new, unwritable
 __all__ = ["work_folder"]
 
 _LOCK = "lock"
+# to make a folder that others make and remove
+_ATTEMPTS = 100
 
 
 @contextlib.contextmanager
@@ -28,10 +31,11 @@ def work_folder(dst: Path) -> Iterator[Path]:
     Raises:
         ValueError: If `dst` exists or cannot be written, or another process packs it.
     """
-    folder = dst.with_name(f"{dst.name}.packing")
-    if not folder.exists():
-        check_new("pack_source", dst)
+    folder = dst.parent / f"{dst.name}.packing"
     try:
+        # "." and "/" have no name to put a folder beside
+        if not dst.name or not folder.exists():
+            check_new("pack_source", dst)
         with _locked(folder):
             try:
                 check_new("pack_source", dst)
@@ -67,18 +71,24 @@ def _advice(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    if folder.is_dir() and not (folder / _LOCK).exists() and any(folder.iterdir()):
+    names = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        names = os.listdir(folder)
+    # one look at all names: another process makes its lock first and removes it last
+    if names and _LOCK not in names:
         raise ValueError(f"pack_source: {folder} must be what a packing left, got another folder. Move it away.")
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
+    for attempt in itertools.count(1):
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
+            # the process that had the folder may have removed it just now
+            if attempt == _ATTEMPTS:
+                raise
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the process that had the lock may have removed it just now
-            if (folder / _LOCK).exists() and os.path.samestat(os.fstat(descriptor), (folder / _LOCK).stat()):
+            if _is_lock(folder, descriptor):
                 yield
                 return
         except BlockingIOError as error:
@@ -88,6 +98,13 @@ def _locked(folder: Path) -> Iterator[None]:
             ) from error
         finally:
             os.close(descriptor)
+
+
+def _is_lock(folder: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), (folder / _LOCK).stat())
+    except FileNotFoundError:
+        return False
 
 
 def _remove(folder: Path) -> None:

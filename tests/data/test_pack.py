@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import warnings
 
 import numpy as np
 import pytest
@@ -159,3 +160,18 @@ def test_unknown_topology_and_choices(tmp_path):
 
 def test_open_dataset_is_what_pack_returns(tmp_path):
     assert run([clip()], tmp_path).meta == open_dataset(tmp_path / "out", verify=True).meta
+
+
+def test_reading_in_threads_leaves_warnings_as_they_are(tmp_path, monkeypatch):
+    # filters of warnings are those of all threads: of two that change them one would bring back the other's
+    for number in range(3):
+        np.savetxt(tmp_path / f"c{number}.csv", np.ones((4, 45)), delimiter=",")
+    loadtxt, before, during = np.loadtxt, warnings.filters, []
+
+    def watched(*arguments, **given):
+        during.append(warnings.filters is before)
+        return loadtxt(*arguments, **given)
+
+    monkeypatch.setattr(np, "loadtxt", watched)
+    pack.pack_source("csv", tmp_path, tmp_path / "out", options={"topology": "sbu-15"}, threads=2, progress=False)
+    assert during == [True] * 3 and warnings.filters is before

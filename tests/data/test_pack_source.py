@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,12 @@ import pytest
 
 from fastskel.cli import main
 from fastskel.data import make_synthetic, pack_source
+from fastskel.data.formats import FORMATS
+from fastskel.data.gather import GatheredClips
 from fastskel.data.normalise import NORMALISATIONS, normalise
 from fastskel.data.packed import open_dataset
 from fastskel.data.read_ahead import FILES_PER_THREAD, MOST_BYTES, read_ahead
+from fastskel.data.source import SourceFiles
 from fastskel.data.unpack import unpack_pyskl
 from fastskel.skeleton import topology
 
@@ -254,9 +258,13 @@ def test_a_normalisation_that_does_not_fit_reads_nothing(tmp_path: Path) -> None
     source.mkdir()
     np.save(source / "a.npy", np.ones((3, 15, 2), np.float32))
     options = {**OPTIONS, "channels": ("x", "y")}
+    stick = tmp_path / "src" / "stick.json"
+    stick.write_text('{"name": "stick", "joints": ["a", "b"], "parents": ["a", "a"]}')
     for skip_bad in (False, True):
-        with pytest.raises(ValueError, match=r"3 channels|\(T, M, V, 3\)|3\)"):
+        with pytest.raises(ValueError, match="unless channels are x, y, z with y up, got 'align' for x, y with y up"):
             pack(source, tmp_path / "out", options=options, normalisation="align", skip_bad=skip_bad)
+        with pytest.raises(ValueError, match="topology must name all body axes, 'stick' has"):
+            pack(source, tmp_path / "out", options={"topology": str(stick)}, normalisation="align", skip_bad=skip_bad)
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
     assert pack(source, tmp_path / "out", options=options, normalisation="center").clips == 1
 
@@ -273,6 +281,89 @@ def test_a_normalisation_that_does_not_fit_reads_nothing(tmp_path: Path) -> None
 def test_arguments(tmp_path: Path, given, message: str) -> None:
     with pytest.raises(ValueError, match=f"pack_source: {message}"):
         pack(make(tmp_path / "src", 1), tmp_path / "out", **given)
+
+
+@pytest.mark.parametrize(
+    ("channels", "up_axis"), [(("x", "y", "score"), "y"), (("x", "y", "z"), "z"), (("x", "y", "z"), "-y")], ids=str
+)
+def test_aligning_what_has_no_third_axis_or_another_up(tmp_path: Path, channels, up_axis: str) -> None:
+    source, options = make(tmp_path / "src", 2), {**OPTIONS, "channels": channels, "up_axis": up_axis}
+    for kind in ("align", "align-yaw"):
+        message = f"unless channels are x, y, z with y up, got '{kind}' for {', '.join(channels)} with {up_axis} up"
+        with pytest.raises(ValueError, match=message):
+            pack(source, tmp_path / "out", options=options, normalisation=kind)
+    assert pack(source, tmp_path / "out", options=options, normalisation="center").clips == 2
+
+
+def test_destinations_without_a_name_of_their_own(tmp_path: Path, monkeypatch) -> None:
+    source = make(tmp_path / "src", 2)
+    monkeypatch.chdir(source)
+    for out in (Path("."), Path(".."), Path("/"), Path("")):
+        with pytest.raises(ValueError, match=r"^pack_source: destination must be new, got the existing "):
+            pack(source, out)
+    for out in (tmp_path / ("x" * 250), tmp_path / ("x" * 300)):
+        with pytest.raises(ValueError, match=r"^pack_source: destination must be writable, got File name too long"):
+            pack(source, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def interrupted(source: Path, out: Path, monkeypatch, **given) -> None:
+    """Leave out what is damaged, until a clip c005 comes."""
+
+    def take(self, facts, path) -> None:
+        if facts.name == "c005":
+            raise KeyboardInterrupt
+        whole(self, facts, path)
+
+    whole = GatheredClips.take
+    with monkeypatch.context() as patch:
+        patch.setattr(GatheredClips, "take", take)
+        with pytest.raises(KeyboardInterrupt):
+            pack(source, out, skip_bad=True, **given)
+
+
+def test_a_damaged_file_that_was_mended_in_between(tmp_path: Path, monkeypatch) -> None:
+    source, out = make(tmp_path / "src", 12, bad=(1,)), tmp_path / "out"
+    read = SourceFiles.read
+
+    def unreadable(self, path: str) -> bytes:
+        if path == "c003.npy":
+            raise ValueError("pack_source: source must be readable, got Permission denied")
+        return read(self, path)
+
+    # permissions do not show in size and time of change
+    with monkeypatch.context() as patch:
+        patch.setattr(SourceFiles, "read", unreadable)
+        interrupted(source, out, monkeypatch)
+    summary = pack(source, out, skip_bad=True)
+    assert summary.resumed == 3 and [path for path, _ in summary.damaged] == ["c001.npy"]
+    assert open_dataset(out).names.tolist() == [f"c{number:03}" for number in range(12) if number != 1]
+
+
+def test_a_second_clip_of_a_name_stays_left_out(tmp_path: Path, monkeypatch) -> None:
+    # files of their own names, but one recording may be in two of them
+    read = FORMATS["npy"].read
+
+    def renamed(data: bytes, path: str, options):
+        clip = read(data, path, options)
+        return replace(clip, name="c000") if path.endswith("c002.npy") else clip
+
+    source, out = make(tmp_path / "src", 7), tmp_path / "out"
+    monkeypatch.setitem(FORMATS._entries, "npy", replace(FORMATS["npy"], read=renamed))
+    interrupted(source, out, monkeypatch)
+    summary = pack(source, out, skip_bad=True)
+    assert summary.resumed == 5 and [path for path, _ in summary.damaged] == ["c002.npy"]
+
+
+def test_a_list_without_an_ending_is_known_by_its_contents(tmp_path: Path, monkeypatch) -> None:
+    source, out = make(tmp_path / "src", 7), tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    for classes in ("ab", "ba"):
+        Path("classes").write_text("".join(f"c{number:03},{classes[number % 2]}\n" for number in range(7)))
+        if not out.with_name("out.packing").exists():
+            interrupted(source, out, monkeypatch, options={**OPTIONS, "labels": "classes"})
+    assert pack(source, out, options={**OPTIONS, "labels": "classes"}).resumed == 0
+    assert open_dataset(out).labels.tolist() == [1, 0, 1, 0, 1, 0, 1]
 
 
 def test_options_are_on_record(tmp_path: Path) -> None:
@@ -341,3 +432,10 @@ def test_many_left_out_are_counted(tmp_path: Path) -> None:
         "  skipped 30 files: hidden file (.n0, ...)\n  skipped 30 files: not a .npy file (n0.txt, ...)"
     )
     assert text.count("  damaged ") == 40 and "  and 10 more files\n" in text and len(text.splitlines()) == 45
+
+
+def test_a_prepared_destination_is_checked_first(tmp_path: Path) -> None:
+    junk = tmp_path / "junk.pkl"
+    junk.write_bytes(JUNK)
+    with pytest.raises(ValueError, match=rf"^pack_source: destination must be new, got the existing {tmp_path}\..*another\.$"):
+        pack_source("pyskl", junk, tmp_path, progress=False)

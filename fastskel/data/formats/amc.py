@@ -104,7 +104,7 @@ def read(
     values = motion.read(data)
     step = every_frame(motion.rate, options, path)
     scale = _METRES_PER_INCH / skeleton.length if options.scale is None else options.scale
-    frames = joint_positions(skeleton.links, values[::step], motion.angle, places, scale, path)
+    frames = joint_positions(skeleton.links, values, motion.angle, places, scale, path, step)
     notes = []
     if skeleton.links[0].after is not None:
         notes.append(f"the root is turned by the orientation in {skeleton.path} before a frame turns it: not all programs do so")

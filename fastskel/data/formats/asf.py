@@ -205,6 +205,8 @@ class _Reader:
             lost = next(name for name in bones if name not in placed)
             contract = "with a hierarchy of all bones, from the root on"
             raise unreadable(contract, f"{lost!r} apart from it", self.path, "Correct it")
+        if not slots:
+            raise unreadable("with a degree of freedom, of the root or of a bone", "none", self.path)
         return tuple(links), slots
 
     def children(self, bones: Mapping[str, object]) -> dict[str, list[str]]:

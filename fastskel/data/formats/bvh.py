@@ -105,7 +105,7 @@ def read(data: bytes, path: str, options: BvhOptions = BvhOptions(), layout: Top
     links = _links(joints, options, path)
     values, seconds = _read_motion(lines, sum(len(joint.channels or ()) for joint in joints), path)
     step = every_frame(1 / seconds, options, path)
-    frames = joint_positions(links, values[::step], math.pi / 180, places, options.scale, path)
+    frames = joint_positions(links, values, math.pi / 180, places, options.scale, path, step)
     return motion_clip(frames, path, options, (), frame_microseconds=round(seconds * step * 1e6))
 
 

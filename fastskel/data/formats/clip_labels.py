@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import reprlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,7 +56,8 @@ class LabelOptions:
         if self.labels == "none":
             return None
         if self.labels == "folder":
-            return PurePosixPath(path).parent.name
+            # that of ./walk.npy has a name as well
+            return PurePosixPath(os.path.abspath(path)).parent.name
         name = PurePosixPath(path).stem
         if name not in self.classes:
             raise unreadable("in the list of labels", f"no row for {name!r} in {self.labels}", path, "Add it")

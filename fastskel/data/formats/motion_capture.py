@@ -281,7 +281,7 @@ def _difference(found: Topology, layout: Topology) -> str:
 
 
 def joint_positions(
-    links: Sequence[Link], values: NDArray[np.float64], unit: float, wanted: Sequence[int], scale: float, path: str
+    links: Sequence[Link], values: NDArray[np.float64], unit: float, wanted: Sequence[int], scale: float, path: str, step: int = 1
 ) -> NDArray[np.float32]:
     """Place the joints of a clip in the world.
 
@@ -292,19 +292,21 @@ def joint_positions(
         wanted: Links that are joints of the clip, (V,).
         scale: What positions are multiplied by.
         path: The file, for messages.
+        step: Which frames to keep: every how many'th.
     Returns:
-        Frames, (T, 1, V, 3).
+        Frames, (T / step, 1, V, 3).
     Raises:
         ValueError: If there is no frame, a number is not finite, or there are too many joints and frames.
     """
     if len(values) == 0:
         raise unreadable("at least one frame", "none", path)
-    if len(values) * len(links) * 3 > MAX_COORDINATES:
-        raise unreadable(f"of at most {MAX_COORDINATES} coordinates", f"{len(values)} frames of {len(links)} joints", path)
+    kept = values[::step]
+    if len(kept) * len(links) * 3 > MAX_COORDINATES:
+        raise unreadable(f"of at most {MAX_COORDINATES} coordinates", f"{len(kept)} frames of {len(links)} joints", path)
     finite = np.isfinite(values).all(axis=1)
     if not finite.all():
         raise unreadable("finite numbers", f"NaN or infinity in frame {int(np.argmin(finite))}", path)
-    return finite_frames(world_positions(links, values, unit, scale, wanted), path)[:, None]
+    return finite_frames(world_positions(links, kept, unit, scale, wanted), path)[:, None]
 
 
 def motion_clip(

@@ -60,7 +60,7 @@ class PysklKineticsOptions(PreparedOptions):
     def __post_init__(self) -> None:
         if type(self.num_bodies) is not int or self.num_bodies < 1:
             raise wrong_option("num_bodies", "a whole number of at least 1", repr(self.num_bodies), "Pass a count")
-        if isinstance(self.box_score, bool) or not 0 <= self.box_score <= 1:
+        if type(self.box_score) not in (int, float) or not 0 <= self.box_score <= 1:
             raise wrong_option("box_score", "a number from 0 to 1", repr(self.box_score), "Pass one")
 
 

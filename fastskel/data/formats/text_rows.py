@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,9 +45,8 @@ def number_rows(
         ValueError: If a row has another number of values, or a value is no number; names the line.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            rows = np.loadtxt([line for _, line in lines], delimiter=separator, comments=None, ndmin=2)
+        # what numpy may warn of shows in the shape: catching warnings would change them for all threads
+        rows = np.loadtxt([line for _, line in lines], delimiter=separator, comments=None, ndmin=2)
         if rows.shape == (len(lines), rows.shape[1] if num_values is None else num_values):
             return rows
     except (ValueError, UserWarning, DeprecationWarning):

@@ -255,6 +255,10 @@ BAD_SKELETONS = {
     "unknown parent": (LEG.replace("thigh shin", "foot shin"), "hierarchy of root and bones, got 'foot' in line 39"),
     "root below": (LEG.replace("thigh shin", "thigh shin root"), "each under one parent, got 'root' without data in line 39"),
     "cycle": (LEG.replace("root thigh", "shin thigh"), "hierarchy of all bones, from the root on, got 'thigh' apart from it"),
+    "nothing moves": (
+        cut("    dof rx\n").replace("    dof rx ry rz\n", "").replace("order TX TY TZ RX RY RZ", "order"),
+        "with a degree of freedom, of the root or of a bone, got none",
+    ),
     "no begin": (LEG.replace("hierarchy\n  begin\n", "hierarchy\n"), "between begin and end, got root thigh in line 37"),
 }
 

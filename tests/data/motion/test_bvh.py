@@ -254,6 +254,11 @@ def test_frame_rates(motion):
     for rate in (50, 240, 100, 119, 1e-300):
         with pytest.raises(ValueError, match=f"of a whole multiple of {rate} frames per second, got 120"):
             read(text, "x.bvh", BvhOptions(frames_per_second=rate))
+    # damage is damage in a frame that is left out, and goes by its number in the file
+    numbers[7, 0] = np.nan
+    with pytest.raises(ValueError, match="finite numbers, got NaN or infinity in frame 7,"):
+        read(motion.bvh_text(joints, numbers), "x.bvh", BvhOptions(frames_per_second=60))
+    numbers[7, 0] = 0
     text = motion.bvh_text(joints, numbers, frame_time="0.0333")
     assert len(read(text, "x.bvh", BvhOptions(frames_per_second=30)).frames) == 11
 

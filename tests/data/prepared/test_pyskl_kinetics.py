@@ -180,6 +180,7 @@ def test_a_clip_of_other_joints(prepared, tmp_path):
         ({"num_bodies": 0}, "option num_bodies must be a whole number of at least 1, got 0"),
         ({"num_bodies": True}, "option num_bodies must be a whole number of at least 1, got True"),
         ({"box_score": 1.5}, "option box_score must be a number from 0 to 1, got 1.5"),
+        ({"box_score": "a"}, "option box_score must be a number from 0 to 1, got 'a'"),
     ],
 )
 def test_bad_options(options, message):
