@@ -99,7 +99,7 @@ def _drawing(loader: Loader, count: int) -> Callable[[], None]:
     return draw
 
 
-def measure_speed(dataset: PackedDataset, rounds: int) -> Iterator[dict[str, Any]]:
+def measure_speed(dataset: PackedDataset, rounds: int, limit_s: float = 60.0) -> Iterator[dict[str, Any]]:
     """One core: nothing but the calling thread makes views."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -119,7 +119,7 @@ def measure_speed(dataset: PackedDataset, rounds: int) -> Iterator[dict[str, Any
         count = 1 if name == "numpy" else batches
         calls[name] = _drawing(loader_of(dataset, num_threads=0, **options), count)
         samples[name] = count * size
-    for timing in compare(calls, "feeder", rounds=rounds):
+    for timing in compare(calls, "feeder", rounds=rounds, limit_s=limit_s):
         rate = 1e3 * samples[timing.provider] / timing.median_ms
         share = samples[timing.provider] / items
         # the time of as many samples as the feeder makes: providers differ in how many a call makes
@@ -304,6 +304,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--clips", type=int, default=3000)
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds after which no round of the speed begins")
+    parser.add_argument("--quick", action="store_true", help="say in the rows that sizes are tiny: whether it runs, not how fast")
     parser.add_argument("--child", choices=("native", "dataloader"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -313,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         dataset = make_data(Path(folder), given.clips)
         parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-            "speed": lambda: measure_speed(dataset, given.rounds),
+            "speed": lambda: measure_speed(dataset, given.rounds, given.limit),
             "scaling": lambda: measure_scaling(dataset, given.rounds),
             "consumer": lambda: measure_consumer(dataset, given.rounds),
             "memory": lambda: measure_memory(dataset),
@@ -321,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
         for part in given.parts:
             for row in parts[part]():
                 if given.out:
-                    append_rows(given.out, [{"part": f"loader-{part}", **row, **origin()}])
+                    append_rows(given.out, [{"part": f"loader-{part}", "quick": given.quick, **row, **origin()}])
                 figures = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
                 print(f"{part:<10}{figures}", flush=True)
     return 0

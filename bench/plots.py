@@ -140,7 +140,10 @@ def draw(rows: Sequence[Row], facts: Row, counted: Sequence[Row], folder: Path) 
         pictures["memory-by-batch"] = lambda axes: _draw_batches(axes, memory, "Peak memory against batch", "MiB")
     if threads:
         pictures["loader-by-threads"] = lambda axes: _draw_threads(axes, threads)
-    return [_save(folder / f"{name}.png", picture, str(facts.get("device") or "")) for name, picture in pictures.items()]
+    device = str(facts.get("device") or "")
+    if any(row.get("quick") and row.get("part") != "kernels" for row in rows):
+        device = f"{device} tiny sizes: speeds mean nothing".strip()
+    return [_save(folder / f"{name}.png", picture, device) for name, picture in pictures.items()]
 
 
 def _save(path: Path, picture: Callable[[Axes], None], device: str) -> Path:

@@ -11,7 +11,7 @@ from fastskel.bench.harness import NOISY
 
 __all__ = [
     "Difference", "Row", "agreement", "baseline_of", "cases", "memory_mib", "name", "noise", "peak_share", "ratio_words",
-    "verdict",
+    "unmatched", "verdict",
 ]  # fmt: skip
 
 Row = Mapping[str, Any]
@@ -143,7 +143,8 @@ def agreement(earlier: Iterable[Row], later: Iterable[Row]) -> list[Difference]:
     """Put the results that two runs share side by side.
 
     Raises:
-        ValueError: If they come from different devices, or one proves only that something runs, or they share nothing.
+        ValueError: If they come from different devices or numbers of threads, or one proves only that something runs, or they
+            share nothing.
     """
     before, after = _by_provider(earlier), _by_provider(later)
     shared = [key for key in after if key in before]
@@ -155,11 +156,12 @@ def agreement(earlier: Iterable[Row], later: Iterable[Row]) -> list[Difference]:
     found = []
     for key in shared:
         a, b = before[key], after[key]
-        for what in ("device", "quick"):
-            if a.get(what) != b.get(what):
+        for what in ("device", "quick", "threads"):
+            # rows of before sizes could be tiny, or before threads were told, lack them
+            if a.get(what, b.get(what)) != b.get(what, a.get(what)):
                 raise ValueError(
                     f"agreement: both runs of {' '.join(key)} must have one {what}, got {a.get(what)!r} and {b.get(what)!r}. "
-                    "Times of different machines or sizes say nothing about a change: measure again on one."
+                    "Times of different machines, sizes or threads say nothing about a change: measure again on one."
                 )
         # a baseline is as fast as itself in any run
         both = a.get("speedup") and b.get("speedup") and not a["speedup"] == b["speedup"] == 1.0
@@ -168,3 +170,9 @@ def agreement(earlier: Iterable[Row], later: Iterable[Row]) -> list[Difference]:
         change = b["speedup"] / a["speedup"] if both else None
         found.append(Difference(key, a, b, a["median_ms"] / b["median_ms"], change, allowed))
     return found
+
+
+def unmatched(earlier: Iterable[Row], later: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """Return what only the earlier run timed, as of a provider that failed since, and what only the later one did."""
+    before, after = _by_provider(earlier), _by_provider(later)
+    return [row for key, row in before.items() if key not in after], [row for key, row in after.items() if key not in before]

@@ -29,8 +29,8 @@ from fastskel.bench.intensity import BACKWARD
 from fastskel.bench.kernel_rows import kernel_rows
 from fastskel.bench.machine import describe
 from fastskel.bench.plots import draw
-from fastskel.bench.rows import agreement, peak_share
-from fastskel.bench.table import differences_table, legend, rows_table
+from fastskel.bench.rows import Difference, agreement, name, peak_share, unmatched
+from fastskel.bench.table import differences_table, legend, rows_table, unmatched_lines
 from tqdm import tqdm
 
 from fastskel.atomic import atomic_write
@@ -66,7 +66,12 @@ def _run_case(case: Case, out: Path, device: str, limit_s: float, smoke: bool) -
         status, output = child.run(*case.command(path, smoke=smoke))
         rows: list[Row] = []
         if path.is_file():
-            rows = kernel_rows(path, torch.device(device), quick=tiny) if case.is_pytest else read_rows(path)
+            try:
+                rows = kernel_rows(path, torch.device(device), quick=tiny) if case.is_pytest else read_rows(path)
+            except ValueError as error:
+                # killed in the middle of writing
+                output += f"\nits results are not readable: {error}"
+                status = status or 1
     if status == TIMED_OUT:
         return rows, f"not done within {limit_s:.0f} s"
     if status:
@@ -87,7 +92,7 @@ def _complete(rows: Sequence[Row], case: Case, facts: Mapping[str, Any], begun: 
     """Give rows their id, their case of the suite, and their share of the peak."""
     made = []
     for row in rows:
-        words = [begun, *(str(row[key]) for key in ("part", "case", "provider") if row.get(key) is not None)]
+        words = [begun, *name(row), *([str(row["provider"])] if row.get("provider") is not None else [])]
         full = {"id": " ".join(words), "suite_case": case.name, "status": "ok", **row}
         share = peak_share(full, facts)
         made.append(full if share is None else {**full, "peak_share": share})
@@ -133,10 +138,15 @@ def find_rows(source: str) -> list[Row]:
     )
 
 
+def _differences(found: Sequence[Difference], earlier: Sequence[Row], later: Sequence[Row]) -> str:
+    return "\n".join([differences_table(found), *unmatched_lines(*unmatched(earlier, later))])
+
+
 def compare_runs(earlier: str, later: str) -> tuple[str, bool]:
     """Put two runs side by side; returns the table, and whether all their ratios agree within their noise."""
-    found = agreement(find_rows(earlier), find_rows(later))
-    return differences_table(found), not any(difference.agrees is False for difference in found)
+    before, after = find_rows(earlier), find_rows(later)
+    found = agreement(before, after)
+    return _differences(found, before, after), not any(difference.agrees is False for difference in found)
 
 
 def _report(rows: Sequence[Row], facts: Row, problem: str, compared: str) -> str:
@@ -150,7 +160,7 @@ def _compared(compare: str | None, earlier: Sequence[Row], rows: Sequence[Row]) 
     if compare is None:
         return ""
     try:
-        return differences_table(agreement(earlier, rows))
+        return _differences(agreement(earlier, rows), earlier, rows)
     except ValueError as error:
         return f"not compared: {error}"
 
@@ -184,10 +194,13 @@ def run(
     Returns:
         0, or 1 if a case failed.
     Raises:
-        ValueError: On a device that is not there, a selection, part or earlier row that nobody knows, or a used folder.
+        ValueError: On a limit that is no time, a device that is not there, a selection, part or earlier row that nobody knows,
+            or a used folder.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"bench: device must be one that torch {torch.__version__} sees, got 'cuda'. Leave it out for the CPU.")
+    if limit_s is not None and not 0 < limit_s < float("inf"):
+        raise ValueError(f"bench: limit-s must be a positive number of seconds, got {limit_s}. Leave it out.")
     chosen = cases(selection, device, parts, reference=reference, compiled=compiled)
     earlier = find_rows(compare) if compare else []
     begun = datetime.datetime.now(datetime.timezone.utc)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from fastskel.bench.harness import NOISY, PROCESS_NOISE
 from fastskel.bench.rows import Difference, Row, baseline_of, cases, memory_mib, noise, verdict
 
-__all__ = ["differences_table", "legend", "lines", "rows_table"]
+__all__ = ["differences_table", "legend", "lines", "rows_table", "unmatched_lines"]
 
 # part of a row -> what it times
 WORDS = {
@@ -38,7 +38,8 @@ LEGEND = (
               "machine was too busy for a figure to quote: close other programs and run again"),
     ("memory", "how far the memory in use rose at most during the work"),
     ("of peak", "share of the fastest matrix product, or copy, that this machine managed just before; operations of encoders\n"
-                "and steps are counted as the reference does them, so whoever leaves some out can exceed 100 %"),
+                "and steps are counted as the reference does them, so whoever leaves some out can exceed 100 %; the reference\n"
+                "does only where the machine was busier when its peak was measured"),
     ("verdict", "the same in words; a difference below the noise is called none"),
 )  # fmt: skip
 
@@ -159,3 +160,9 @@ def differences_table(found: Sequence[Difference]) -> str:
     compared = [difference.agrees for difference in found if difference.agrees is not None]
     summary = f"{compared.count(False)} of {len(compared)} speed-ups differ by more than both noises."
     return "\n".join([*lines(table, (0, 1)), "", summary])
+
+
+def unmatched_lines(earlier: Sequence[Row], later: Sequence[Row]) -> list[str]:
+    """Say what only one of two runs timed: nothing can be compared there, and it may have failed in the other."""
+    runs = (("earlier", earlier), ("later", later))
+    return [f"Only the {run} run timed: {what(row)}, {row.get('provider') or ''}" for run, rows in runs for row in rows]

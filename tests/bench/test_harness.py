@@ -133,6 +133,18 @@ def test_two_runs_agree_within_their_uncertainty():
     assert apart <= 4
 
 
+def test_few_rounds_claim_no_difference_more_often_than_they_say():
+    """Of two providers of one speed, the ratio is further from 1 than its uncertainty in one run of twenty."""
+    draw, wrong, runs = np.random.default_rng(2), 0, 600
+    for _ in range(runs):
+        times = {name: draw.normal(10.0, 1.0, 3).tolist() for name in "ab"}
+        b = Machine(**times).compare("a", rounds=3, warmup=0, limit_s=0.0)[1]
+        assert b.rounds == 3
+        wrong += abs(np.log(b.speedup)) > np.log1p(b.uncertainty)
+    # three standard errors above 5 %
+    assert wrong / runs <= 0.077
+
+
 def test_more_rounds_are_taken_while_a_ratio_is_uncertain():
     wild = [8.0, 10.0, 12.0, 9.0, 11.0]
     quiet = Machine(a=[10.0], b=[5.0]).compare("a", rounds=5, warmup=0)

@@ -25,3 +25,20 @@ def test_refuses_to_time_what_differs(monkeypatch):
     monkeypatch.setitem(bench.PROVIDERS, "fastskel", lambda *stacks: 1.01 * bench._fastskel(*stacks))
     with pytest.raises(ValueError, match="loss: providers must agree for N = 8"):
         list(bench.measure(8, torch.device("cpu"), list(bench.PROVIDERS), 1, (8, 8, 8)))
+
+
+def test_a_gradient_that_is_no_number_is_not_timed(monkeypatch):
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("nan")
+
+    monkeypatch.setitem(
+        bench.PROVIDERS, "fastskel", lambda temporal, *others: bench._fastskel(Broken.apply(temporal), *others)
+    )
+    with pytest.raises(ValueError, match="loss: providers must agree for N = 8, got distances .*nan"):
+        list(bench.measure(8, torch.device("cpu"), list(bench.PROVIDERS), 1, (8, 8, 8)))

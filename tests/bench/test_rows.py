@@ -147,6 +147,7 @@ def test_two_runs_agree_within_both_noises() -> None:
     [
         (dict(device="another"), "must have one device, got 'a machine' and 'another'"),
         (dict(quick=True), "must have one quick, got False and True"),
+        (dict(threads=2), "must have one threads, got 1 and 2"),
         (dict(case="bf16 N=16"), "runs must share a timed case and provider, got 1 and 1 that do not meet"),
         (dict(width=512), "runs must share a timed case and provider"),
     ],
@@ -154,7 +155,7 @@ def test_two_runs_agree_within_both_noises() -> None:
 )
 def test_runs_that_cannot_be_compared(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        rows.agreement([row("fastskel", 2.0)], [row("fastskel", 2.0, **changes)])
+        rows.agreement([row("fastskel", 2.0, threads=1)], [row("fastskel", 2.0, **{"threads": 1, **changes})])
 
 
 def test_names_tell_cases_apart() -> None:
@@ -162,3 +163,16 @@ def test_names_tell_cases_apart() -> None:
     assert [len(group) for group in rows.cases(same).values()] == [2, 1]
     assert math.isclose(rows.noise(row("fastskel", 2.0)) or 0.0, 0.03)
     assert rows.noise({"median_ms": 1.0}) is None
+
+
+def test_what_one_run_lacks_is_told() -> None:
+    earlier = [row("reference"), row("fastskel", 2.0)]
+    later = [row("reference"), {**row("fastskel"), "status": "failed", "error": "far off"}, row("reference-sdpa", 1.1)]
+    lines = table.unmatched_lines(*rows.unmatched(earlier, later))
+    assert lines == [
+        "Only the earlier run timed: encode a batch, dste, bf16 N=8, fastskel",
+        "Only the later run timed: encode a batch, dste, bf16 N=8, reference-sdpa",
+    ]
+    assert table.unmatched_lines(*rows.unmatched(earlier, earlier)) == []
+    # rows of before threads were told
+    assert len(rows.agreement(earlier, [row("fastskel", 2.0, threads=2)])) == 1

@@ -266,3 +266,40 @@ def test_intensity_counts_what_the_encoders_do(tmp_path: Path) -> None:
     assert {name: row["flops"] for name, row in counted.items()} == {name: real[name] for name in counted}
     # weights are read, tokens read and written
     assert min(row["bytes"] for row in counted.values()) > 4 * 2 * 16 * 18
+
+
+@pytest.mark.parametrize("limit_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_limit_that_is_no_time_is_refused(chosen: list[Case], tmp_path: Path, limit_s: float) -> None:
+    with pytest.raises(ValueError, match="limit-s must be a positive number of seconds"):
+        suite.run("quick", tmp_path / "run", limit_s=limit_s, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_results_cut_off_in_the_middle_are_a_failed_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "import sys; open(sys.argv[1], 'w').write('{\"benchmarks\": [{\"na')"
+    monkeypatch.setattr(Case, "command", lambda case, out, smoke=False: ["-c", program, str(out)])
+    for module in ("", "encoder"):
+        found, error = suite._run_case(Case("kernels", "kernels", module, (), 20.0), tmp_path, "cpu", 20.0, False)
+        assert found == [] and "its results are not readable" in error
+
+
+def test_encoders_have_ids_of_their_own_and_comparison_tells_what_is_missing(chosen: list[Case], tmp_path: Path) -> None:
+    both = [{**one, "encoder": encoder} for encoder in ("dste", "sttr") for one in (BASE, OWN)]
+    chosen[:] = [fake("encoders", *both)]
+    assert suite.run("encoder", tmp_path / "a", progress=False) == 0
+    assert len({row["id"] for row in read_rows(tmp_path / "a" / "rows.jsonl")}) == 4
+    chosen[:] = [fake("encoders", *both[:3])]
+    assert suite.run("encoder", tmp_path / "b", progress=False) == 0
+    text, agree = suite.compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert agree and "Only the earlier run timed: encode a batch, sttr, bf16 N=8, fastskel" in text
+
+
+def test_tiny_sizes_of_the_loader_are_no_result(tmp_path: Path) -> None:
+    """Every smoke case says that it is one; the quick loader ends before its process is stopped."""
+    for selection in ("quick", "all"):
+        for case in cases.cases(selection, "cpu"):
+            assert case.is_pytest or "--quick" in case.smoke, case.name
+    (loader,) = (case for case in cases.cases("quick", "cpu") if case.name == "loader")
+    assert float(loader.arguments[loader.arguments.index("--limit") + 1]) < loader.limit_s
+    found, error = suite._run_case(loader, tmp_path, "cpu", 60.0, True)
+    assert not error and found and all(row["quick"] for row in found)
