@@ -106,7 +106,8 @@ class USDRLRecipe:
             raise ValueError(
                 f"USDRLRecipe: base_batch_size must be at least 1, got {self.base_batch_size}. Give the batch that lr is for."
             )
-        growth = self.batch_size / self.base_batch_size
+        # of an impossible batch size the stage says what is wrong
+        growth = max(self.batch_size, 1) / self.base_batch_size
         return self.lr * {"none": 1.0, "sqrt": math.sqrt(growth), "linear": growth}[self.lr_scaling]
 
     def stages(self, dataset: PackedDataset) -> tuple[Stage, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -110,11 +111,26 @@ def write_checkpoint(
     with atomic_folder(target) as scratch:
         for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
             if tensors is not None:
-                save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, scratch / name)
+                _save(tensors, scratch / name)
         sums = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
-        text = json.dumps({"format_version": FORMAT_VERSION, "step": step, "checksums": sums, **describe(state)}, indent=1)
-        (scratch / STATE_FILE).write_text(text)
+        told = {"format_version": FORMAT_VERSION, "step": step, "checksums": sums, **describe(state)}
+        sums[STATE_FILE] = _state_sha256(told)
+        (scratch / STATE_FILE).write_text(json.dumps(told, indent=1))
     return target
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, path)
+    except SafetensorError as error:
+        # its own type even where the disk is full
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+def _state_sha256(state: Mapping[str, Any]) -> str:
+    """Checksum of what a state says, but for this checksum."""
+    sums = {name: value for name, value in state["checksums"].items() if name != STATE_FILE}
+    return hashlib.sha256(json.dumps({**state, "checksums": sums}, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -207,6 +223,13 @@ def _read_state(folder: Path) -> dict[str, Any]:
             "Use the fastskel version that wrote it."
         )
     assert isinstance(state, dict)
+    # checkpoints of older versions have none
+    expected = state.get("checksums", {}).get(STATE_FILE)
+    if expected and (found := _state_sha256(state)) != expected:
+        raise ValueError(
+            f"read_checkpoint: {folder / STATE_FILE} must be as it was saved, got sha256 {found[:12]}.. instead of "
+            f"{expected[:12]}... Use another checkpoint."
+        )
     return state
 
 

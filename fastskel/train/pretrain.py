@@ -105,7 +105,8 @@ class _Run:
                     f"pretrain: {checkpoint.path} must hold the optimiser of this model, got {name!r}. Use its own config."
                 )
             state.setdefault(names[name], {})[kind] = value
-        lacking = [name for name, number in names.items() if number not in state and checkpoint.state["step"]]
+        expected = names.keys() - set(checkpoint.state.get("unmoved", [])) if checkpoint.state["step"] else set()
+        lacking = sorted(name for name in expected if names[name] not in state)
         if lacking:
             raise ValueError(
                 f"pretrain: {checkpoint.path} must hold the optimiser of every parameter, got none for {lacking[:3]}. "
@@ -135,6 +136,7 @@ class _Run:
                 f"pretrain: weights must stay finite, got others after step {self.step - 1}; they were not saved. "
                 + _advice(lr)
             )
+        moments = self.optimizer_tensors()
         state = {
             "encoder": {"name": stage.encoder, "config": self.encoder.config},
             "objective": {"name": stage.objective, "options": stage.objective_options},
@@ -145,8 +147,10 @@ class _Run:
             "epoch": position["epoch"],
             "total_steps": self.total_steps,
             "best": self.best,
+            # parameters that no step has given a gradient yet
+            "unmoved": sorted(set(self.parameter_names()) - {key.rsplit("/", 1)[0] for key in moments}),
         }
-        return writer.save(self.step, weights(self.modules), self.optimizer_tensors(), state)
+        return writer.save(self.step, weights(self.modules), moments, state)
 
     def is_best(self, figures: Mapping[str, float], step: int) -> bool:
         """Whether this epoch's figures are better than any before; remembers them if so."""
@@ -417,6 +421,8 @@ def _pretrain(
                 raise ValueError(f"{error} Remove {last.path} to go on from the checkpoint before it.") from error
             if run.step == run.total_steps:
                 return last.path
+        # its tensors would stay in memory to the end
+        del last
         on_first(lambda: note_resumed(folder, config, run.step, origin(place)))
     else:
         about = {"recipe": describe(recipe or {}), "data": str(dataset.path), **origin(place), "identity": identity}

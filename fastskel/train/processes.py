@@ -178,10 +178,19 @@ def processes(device: str) -> Iterator[torch.device]:
         )
     local_rank, world = ours
     place = _own_device(device, local_rank)
-    store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
-    store = _own_round(store, rank, world)
     backend = "nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+        store = _own_round(store, rank, world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    except TrainingStopped:
+        raise
+    except RuntimeError as error:
+        # one of them may have ended before it came
+        raise TrainingStopped(
+            f"pretrain: all {world} processes must meet, got {str(error).splitlines()[0]}. Look at what the others printed, "
+            "and at MASTER_ADDR and MASTER_PORT."
+        ) from error
     try:
         yield place
         # none may close a connection that another still reads

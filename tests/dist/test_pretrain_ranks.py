@@ -365,6 +365,15 @@ def test_half_an_environment_is_refused(monkeypatch, place, message) -> None:
         pass
 
 
+def test_a_process_that_nobody_meets_says_so(monkeypatch) -> None:
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.modules["fastskel.train.processes"], "TIMEOUT", datetime.timedelta(seconds=0.5))
+    with pytest.raises(TrainingStopped, match="all 2 processes must meet, got .*MASTER_PORT"), processes("cpu"):
+        pass
+
+
 def test_torchrun(tmp_path) -> None:
     data, run = make_data(tmp_path / "data").path, tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -135,6 +135,11 @@ def flip_a_bit(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(content)
 
 
+def alter_the_state(folder: Path) -> None:
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"step": 8}))
+
+
 def drop_tensor(folder: Path) -> None:
     without_checksums(folder)
     stored = load_file(folder / "model.safetensors")
@@ -148,6 +153,7 @@ DAMAGES = {
     "not text": (damage("state.json", b"\xff\xfe\x00"), "state.json must be JSON, got "),
     "a list": (damage("state.json", b"[1]"), "state.json must have format_version 1, got None"),
     "other version": (other_version, "state.json must have format_version 1, got 99. Use the fastskel version"),
+    "other state": (alter_the_state, "state.json must be as it was saved, got sha256 .* instead of "),
     "no model": (damage("model.safetensors", None), "model.safetensors must be the safetensors .*, got .*No such file"),
     "no tensors": (damage("model.safetensors", b"hello"), "model.safetensors must be the safetensors that were saved, got "),
     "empty": (damage("model.safetensors", b""), "model.safetensors must be the safetensors that were saved, got "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastskel.compat.usdrl.checkpoint import export
 from fastskel.data import PackedDataset, make_synthetic
+from fastskel.objectives import MGFD
 from fastskel.recipes import RECIPES
 from fastskel.train import Stage, build_optimizer, checkpoint, learning_rate, load_encoder, pretrain
 from fastskel.train.optimiser import Average
@@ -80,6 +83,7 @@ def test_the_recipe_scales_the_learning_rate(dataset, scaling: str, batch: int, 
         ({"clip_norm": -1.0}, "Stage: clip_norm must be finite and not negative"),
         ({"lr_final": 1.5}, "lr_final in \\[0, 1\\]"),
         ({"average": 1.0}, "average in \\[0, 1\\)"),
+        ({"batch_size": -4, "lr_scaling": "sqrt"}, "Stage: batch_size must be at least 1, got -4"),
         ({"base_batch_size": 0}, "USDRLRecipe: base_batch_size must be at least 1, got 0"),
     ],
 )
@@ -242,6 +246,43 @@ def test_resumed_with_every_optimiser(dataset, tmp_path, monkeypatch, name: str)
         assert [key for key in mine if not torch.equal(mine[key], theirs[key])] == []
     rates = [json.loads(line)["lr"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert rates == pytest.approx([learning_rate(stage, step // 2, step, 4) for step in range(4)])
+
+
+def test_resumed_with_a_parameter_that_never_moved(dataset, tmp_path, monkeypatch) -> None:
+    original, left = MGFD.__init__, [3]
+
+    def construct(self: MGFD, *given, **options) -> None:
+        original(self, *given, **options)
+        self.spare = nn.Parameter(torch.ones(2))
+
+    def after_step(self: MGFD) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(MGFD, "__init__", construct)
+    stage = make_stage(dataset, checkpoint_steps=1)
+    whole = checkpoint.read_checkpoint(train(stage, dataset, tmp_path / "whole"), optimizer=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(MGFD, "after_step", after_step)
+        with pytest.raises(KeyboardInterrupt):
+            train(stage, dataset, tmp_path / "parts")
+    # moments that were lost are another matter
+    lossy = tmp_path / "lossy"
+    shutil.copytree(tmp_path / "parts", lossy)
+    last = checkpoint.newest(lossy)
+    moments = load_file(last / "optimizer.safetensors")
+    lost = min(moments).rsplit("/", 1)[0]
+    save_file({key: value for key, value in moments.items() if not key.startswith(f"{lost}/")}, last / "optimizer.safetensors")
+    state = json.loads((last / "state.json").read_text())
+    assert state["unmoved"] == ["objective.spare"]
+    (last / "state.json").write_text(json.dumps(state | {"checksums": {}}))
+    with pytest.raises(ValueError, match=rf"the optimiser of every parameter, got none for \['{lost}'\]"):
+        train(stage, dataset, lossy, resume=True)
+    parts = checkpoint.read_checkpoint(train(stage, dataset, tmp_path / "parts", resume=True), optimizer=True)
+    for kind in ("model", "optimizer"):
+        mine, theirs = getattr(whole, kind), getattr(parts, kind)
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
 def test_the_reference_has_adam_only(dataset, tmp_path) -> None:

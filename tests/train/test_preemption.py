@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import signal
+import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,6 +151,25 @@ def test_the_writer_says_at_the_next_checkpoint_what_went_wrong(tmp_path, monkey
         writer.save(3, {}, {}, {})
 
 
+def test_a_full_disk_is_told_in_one_line(dataset, tmp_path, capsys) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    settings = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items() if value != ()]
+    command = ["pretrain", "usdrl-demo", str(dataset.path), "--out", str(tmp_path / "run"), "--quiet", "--device=cpu", *settings]
+    # stands for the disk: less than the weights take
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        code = main(command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert code == 2 and "could not be written: " in error and "File too large" in error and error.count("\n") == 1
+    assert steps_of(tmp_path / "run") == []
+    # with room again the run goes on, from its beginning
+    assert main([*command, "--resume"]) == 0
+    assert steps_of(tmp_path / "run")[-1] == STEPS
+
+
 def test_what_ended_a_training_comes_before_what_kept_its_checkpoint_from_the_disk(tmp_path, monkeypatch) -> None:
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -210,6 +231,23 @@ def test_the_best_is_known_after_resuming(dataset, tmp_path, monkeypatch) -> Non
     monkeypatch.undo()
     train(stage, dataset, tmp_path / "run", monitors=monitors, resume=True)
     assert steps_of(tmp_path / "run") == [2, 8]
+
+
+def test_what_a_run_resumed_from_is_let_go(dataset, tmp_path, monkeypatch) -> None:
+    training, read, held = sys.modules["fastskel.train.pretrain"], [], []
+
+    def note(*arguments, **options) -> checkpoint.Checkpoint:
+        found = read_checkpoint(*arguments, **options)
+        read.append(weakref.ref(found))
+        return found
+
+    send(monkeypatch, signal.SIGTERM, 3)
+    with pytest.raises(Preempted):
+        train(make_stage(dataset), dataset, tmp_path / "run")
+    monkeypatch.setattr(training, "read_checkpoint", note)
+    monkeypatch.setattr(MGFD, "after_step", lambda self: held.append(read[0]()))
+    train(make_stage(dataset), dataset, tmp_path / "run", resume=True)
+    assert held == [None] * 3
 
 
 def test_unknown_best_figure(dataset, tmp_path) -> None:
