@@ -38,6 +38,7 @@ from fastskel.bench.providers import (
     build,
     gate,
     open_checkout,
+    tf32,
 )
 from torch import Tensor
 
@@ -357,6 +358,7 @@ def line(row: Row) -> str:
     return f"{start} {spread}  {speed}  {row['gflop_per_s']:7.1f} GFLOP/s  {row.get('way', '')}".rstrip()
 
 
+@tf32(False)
 def run(
     setting: Setting, parts: Sequence[str], precisions: Sequence[str], out: Path, *, quick: bool = False
 ) -> list[Row]:

@@ -38,6 +38,8 @@ class _Session:
               threads: int) -> dict[str, Any]:  # fmt: skip
         """Make the model with the weights of a file."""
         torch.set_num_threads(threads)
+        # the parent compares in float32, where torch would take TF32 for convolutions
+        torch.backends.cudnn.allow_tf32 = False
         self.device, self._losses, self._folder = torch.device(device), losses, Path(folder).resolve()
         sys.path.insert(0, folder)
         kind = getattr(self._import(module), name, None)

@@ -44,9 +44,11 @@ STAGES = {
     "training": "training steps and extraction beside the reference; where a step's time goes",
     "encoder": "the encoders beside the reference; the loss",
     "loader": "steps per recipe and precision, and fed by each loader; the loader alone",
-    "jobs": "whole jobs with the loader on; cost per batch size; the largest batch",
+    "jobs": "whole jobs with the loader on; the largest batch",
+    "sweep": "cost per batch size from 1 to 4,096",
     "sanitize": "a few tests of each kernel under compute-sanitizer",
     "compiled": "training steps beside the compiled reference",
+    "compiled-max": "the same, compiled with max-autotune",
     "kernels-compiled": "each kernel beside its compiled reference",
 }
 # the sources that this module lies in; an installed wheel has neither tests nor benchmarks to collect
@@ -139,14 +141,14 @@ def parts_of(stage: str, dry: bool, work: Path) -> list[Part]:
         return [kernels("kernels", STAGE_S, "not compiled")]
     if stage == "training":
         return [
-            module("training", "training", 310, *on, "--limit", "60"),
+            module("training", "training", 310, *on, "--limit", "0" if dry else "60"),
             module("profile_step", "profile", 150, *on, "--traces", str(work / "traces")),
         ]
     if stage == "encoder":
-        size = ["--batch", "2" if dry else "356", "--limit", "15"]
+        size = ["--batch", "2" if dry else "356", "--limit", "0" if dry else "15"]
         names = ("dste", "sttr")[: 1 if dry else None]
         encoders = [module("encoder", f"encoder-{name}", 180, "--encoder", name, *on, *size) for name in names]
-        rows = ["8"] if dry else ["356", "1024", "4096", "16384"]
+        rows = ["8", "--limit", "0"] if dry else ["356", "1024", "4096", "16384"]
         return [*encoders, module("loss", "loss", 100, *on, "--rows", *rows)]
     if stage == "loader":
         steps = [
@@ -160,21 +162,27 @@ def parts_of(stage: str, dry: bool, work: Path) -> list[Part]:
         alone = ["--rounds", "1", "--clips", "16", "--parts", "speed", "memory"] if dry else ["--rounds", "3"]
         return [*steps, *feeds, module("loader", "loader", 150, *alone)]
     if stage == "jobs":
-        limits = [] if dry else ["--limit-s", "5", "--search-s", "60"]
-        names = ("step", "largest") if dry else ("step", "encoder", "largest")
-        sweeps = [module("sweep", f"sweep-{name}", 100, *on, "--parts", name, *limits) for name in names]
-        return [module("job", "job", 160, *on, *([] if dry else ["--limit-s", "60"])), *sweeps]
+        job = module("job", "job", 300, *on, *([] if dry else ["--limit-s", "90"]))
+        largest = ["--parts", "largest", *([] if dry else ["--search-s", "90"])]
+        return [job, module("sweep", "sweep-largest", 160, *on, *largest)]
+    if stage == "sweep":
+        # whole steps of four views take four times as long
+        limits = {"step": 310, "encoder": 150}
+        return [
+            module("sweep", f"sweep-{name}", limits[name], *on, "--parts", name, *([] if dry else ["--limit-s", "5"]))
+            for name in list(limits)[: 1 if dry else None]
+        ]
     if stage == "sanitize":
         return [sanitizer(tool, STAGE_S // 2) for tool in ("memcheck", "racecheck")[: 1 if dry else None]]
     if stage == "kernels-compiled":
-        return [kernels("kernels-compiled", STAGE_S, "compiled or triton")]
-    own = "fastskel" if dry else "fastskel-triton-graph"
-    # compiling takes seconds to minutes: a rehearsal has what it is beside
-    ways = {"training-compiled": (150, ("reference-compiled",)), "training-compiled-max": (310, COMPILED_MAX)}
-    return [
-        module("training", name, limit, *on, "--parts", "step", "--limit", "30", "--providers", own, *([] if dry else compiled))
-        for name, (limit, compiled) in (list(ways.items())[: 1 if dry else None])
-    ]
+        # on a CPU the same as "kernels"
+        return [] if dry else [kernels("kernels-compiled", STAGE_S, "compiled or triton")]
+    if dry:
+        # without what is compiled the same as "training", and compiling takes minutes
+        return []
+    beside = ("reference-compiled",) if stage == "compiled" else COMPILED_MAX
+    about = ["--parts", "step", "--limit", "30", "--providers", "fastskel-triton-graph", *beside]
+    return [module("training", f"training-{stage}", STAGE_S, *on, *about)]
 
 
 def run_stage(stage: str, session: Session, report: Report, out: Path, name: str) -> None:

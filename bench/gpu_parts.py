@@ -121,11 +121,11 @@ def module(name: str, label: str, limit_s: int, *arguments: str) -> Part:
 
 
 def printed(name: str, label: str, limit_s: int, *arguments: str) -> Part:
-    """Make a part of a benchmark whose last line is one JSON object, which becomes a result."""
+    """Make a part of a benchmark that prints one JSON object in a line, which becomes a result; warnings may surround it."""
 
     def run(session: Session) -> Iterator[Result]:
         status, output = session.child(label).run("-m", f"fastskel.bench.{name}", *arguments)
-        lines = output.strip().splitlines()
+        lines = [line for line in output.splitlines() if line.startswith("{")]
         if status or not lines:
             yield Result(label, {}, "failed", failure(status, output))
         else:

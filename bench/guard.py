@@ -310,7 +310,7 @@ def compare(name: str, recorded: Mapping[str, Any] | None, counted: Mapping[str,
             change, bad = "new" if before is None else "gone", True
         else:
             share = (now - before) / before if before else float(now != before)
-            change, bad = f"{100 * share:+.2f} %", abs(share) > GROUPS[name].tolerance
+            change, bad = f"{100 * share:+.2f} %", not abs(share) <= GROUPS[name].tolerance
         found.lines.append(f"{name:<14} {key:<44} {_number(before):>16} {_number(now):>16} {change:>9}{'  <-' if bad else ''}")
         if bad:
             found.complaints.append(

@@ -34,6 +34,7 @@ from fastskel.bench.contest import Contest
 from fastskel.bench.energy import EnergyMeter
 from fastskel.bench.harness import append_rows, origin
 from fastskel.bench.loader import make_data
+from fastskel.bench.providers import tf32
 from fastskel.bench.systems import (
     EPOCHS,
     PREFETCH,
@@ -202,6 +203,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@tf32(False)
 def main(arguments: list[str] | None = None) -> int:
     """Run the job, print and append its rows; returns 1 if a provider of fastskel failed, else 0."""
     given = _arguments(arguments)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from fastskel import models
 
 __all__ = [
     "BASELINE", "BODIES", "DTYPES", "KINDS", "Encode", "Kind", "Precision", "Provider", "Setting", "autocast", "build", "gate",
-    "open_checkout", "published_arguments", "select", "unavailable",
+    "open_checkout", "published_arguments", "select", "tf32", "unavailable",
 ]  # fmt: skip
 
 BASELINE = "reference"
@@ -277,6 +278,23 @@ def open_checkout(setting: Setting, plain: Provider) -> Checkout:
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Return autocast to bfloat16 for "bf16", to float16 for "fp16", none for "fp32"."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Let a GPU multiply float32 in TF32, or not: torch by itself lets convolutions, which the reference has, but not products.
+
+    Args:
+        allowed: Whether it may.
+    """
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def gate(name: str, what: str, actual: Sequence[Tensor], expected: Sequence[Tensor], limit: float) -> float:

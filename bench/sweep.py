@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 from fastskel.bench.contest import unavailable_row
-from fastskel.bench.harness import append_rows, compare, held_bytes, origin, peak_bytes
-from fastskel.bench.providers import BASELINE, Kind
+from fastskel.bench.harness import Timing, append_rows, compare, held_bytes, origin, peak_bytes
+from fastskel.bench.providers import BASELINE, Kind, tf32
 from fastskel.bench.systems import check, default_providers, prepared, reference_result
 from fastskel.bench.train_steps import SEED, OwnStep, Setting, make_step
 from torch import Tensor
@@ -190,6 +190,12 @@ class History:
         return self.stopped
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # torch's allocator says so by its type; code that is loaded late, and libraries, in words
+    words = str(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in words or "ALLOC_FAILED" in words
+
+
 def _ready_at(subject: Subject, history: History, batch: int, limits: tuple[float, float]) -> tuple[Call, int] | Row:
     """Return a provider's call and bytes at a batch, or the row that says why there is none."""
     row = {"batch": batch, "provider": subject.kind.name, "status": "skipped"}
@@ -200,7 +206,9 @@ def _ready_at(subject: Subject, history: History, batch: int, limits: tuple[floa
         return {**row, "reason": reason}
     try:
         return subject.ready(batch)
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
         history.stopped = f"out of memory at {batch}"
         return {**row, "reason": history.stopped}
 
@@ -240,18 +248,37 @@ def sweep(part: str, setting: Setting, *, most: int, step_s: float, budget: floa
                 yield found
             else:
                 calls[name], peaks[name] = found
+        # the last provider's call, which keeps what it was captured with
+        del found
         for row in _timed(replace(setting, batch=batch), calls):
             name = row["provider"]
-            histories[name].costs.append((batch, row["median_ms"], peaks[name]))
-            yield {**row, "peak_mib": peaks[name] / MIB, **about[name]}
+            if row["status"] == "ok":
+                histories[name].costs.append((batch, row["median_ms"], peaks[name]))
+                row |= {"peak_mib": peaks[name] / MIB, **about[name]}
+            yield row
 
 
 def _timed(setting: Setting, calls: dict[str, Call]) -> Iterator[Row]:
-    """Time what is there; without the reference nothing is a speed-up."""
-    if not calls:
-        return
-    baseline = BASELINE if BASELINE in calls else next(iter(calls))
-    for timing in compare(calls, baseline, device=setting.device, rounds=setting.rounds, warmup=1, limit_s=setting.limit_s):
+    """Time what is there; without the reference nothing is a speed-up.
+
+    Captured steps keep their memory between turns. Where the others do not fit beside them, the last one is left out, and the
+    rest begin anew: `calls` loses it.
+    """
+    timings: list[Timing] = []
+    while calls and not timings:
+        baseline = BASELINE if BASELINE in calls else next(iter(calls))
+        try:
+            timings = compare(
+                calls, baseline, device=setting.device, rounds=setting.rounds, warmup=1, limit_s=setting.limit_s
+            )
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            name = list(calls)[-1]
+            del calls[name]
+            reason = f"out of memory at {setting.batch} beside the others"
+            yield {"batch": setting.batch, "provider": name, "status": "skipped", "reason": reason}
+    for timing in timings:
         ratios = {} if baseline == BASELINE else dict.fromkeys(("speedup", "speedup_q20", "speedup_q80"))
         rate = 1e3 * setting.batch / timing.median_ms
         yield {**timing.row(), **ratios, "batch": setting.batch, "samples_per_s": rate, "status": "ok"}
@@ -308,7 +335,9 @@ def largest_batch(setting: Setting, *, most: int, budget: float, search_s: float
         def fits(batch: int, subject: Subject = subject) -> bool:
             try:
                 _, peak = subject.ready(batch)
-            except torch.cuda.OutOfMemoryError:
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
                 return False
             return cuda or peak <= budget
 
@@ -361,6 +390,7 @@ def _budget(device: torch.device, given_gib: float | None) -> float:
     return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else CPU_BUDGET_GIB * GIB
 
 
+@tf32(False)
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts, print and append their rows; returns 0."""
     given = _arguments(arguments)

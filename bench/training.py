@@ -28,7 +28,7 @@ import torch
 from fastskel.bench.contest import Contest, unavailable_row
 from fastskel.bench.external import EXTERNAL, Checkout, add_arguments, source_of
 from fastskel.bench.harness import append_rows, flops, origin, peak_bytes, relative_l2
-from fastskel.bench.providers import BASELINE, DTYPES, Kind, gate, published_arguments
+from fastskel.bench.providers import BASELINE, DTYPES, Kind, gate, published_arguments, tf32
 from fastskel.bench.train_steps import (
     DROP_PATH,
     MOST_SKIPPED,
@@ -63,7 +63,7 @@ CAPTURED_LIMIT = 0.2
 # keeps float16 gradients in range while they are compared
 GATE_SCALE = 2.0**10
 # of features, against float32
-FEATURE_LIMITS: dict[str, float] = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}
+FEATURE_LIMITS: dict[str, float] = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3, "tf32": 5e-3}
 # what two cores do in seconds
 CPU_BATCH = 8
 QUICK = dict(batch=6, width=32, frames=16, joints=5, rounds=3)
@@ -226,6 +226,10 @@ def extract_part(setting: Setting) -> Iterator[Row]:
             streams = plain.backbone(temporal, clips.permute(0, 4, 3, 2, 1).reshape(n, m * v, t * c))
             return torch.cat([y.amax(1) for y in streams], -1)
 
+    def in_tf32() -> Tensor:
+        with tf32(True):
+            return published("fp32")
+
     def frozen(kernels: Any) -> Callable[[], Tensor]:
         own.configure(kernels=kernels)
         encoder: DSTE = own.optimize_for_inference(torch.bfloat16)
@@ -248,7 +252,10 @@ def extract_part(setting: Setting) -> Iterator[Row]:
         contest.enter(name, made)
 
     ready(BASELINE, "the published encoder under autocast", setting.published, lambda: partial(published, setting.published))
-    ready("reference-fp32", "the published encoder as published", "fp32", lambda: partial(published, "fp32"))
+    ready("reference-fp32", "the published encoder in float32", "fp32", lambda: partial(published, "fp32"))
+    if setting.device.type == "cuda":
+        # what the torch of the publication did on such a GPU without being asked
+        ready("reference-tf32", "the published encoder as published", "tf32", lambda: in_tf32)
     for kind, reason in setting.kinds():
         if kind.attention is not None or kind.captured:
             continue
@@ -274,6 +281,7 @@ def line(row: Row) -> str:
     return f"{start} {row['precision']} {row['median_ms']:9.2f} ms  {row['speedup']:5.2f}x {spread}{peak}"
 
 
+@tf32(False)
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run; returns 1 if a provider of fastskel failed, else 0."""
     parser = argparse.ArgumentParser(prog="python -m fastskel.bench.training", description=(__doc__ or "").splitlines()[0])

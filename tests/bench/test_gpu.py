@@ -21,7 +21,10 @@ from fastskel.recipes import RECIPES
 
 ORIGIN = {"id", "part", "case", "status", "device", "versions", "commit", "date", "seconds"}
 # two halves of the rehearsal, of about the same length, which run side by side
-HALVES = (["check", "kernels", "training", "encoder"], ["loader", "jobs", "sanitize", "compiled", "kernels-compiled"])
+HALVES = (
+    ["check", "kernels", "training", "encoder"],
+    ["loader", "jobs", "sweep", "sanitize", "compiled", "compiled-max", "kernels-compiled"],
+)
 
 
 def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -66,7 +69,7 @@ def test_stages_fit_eight_minutes_and_are_listed(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        (["--out", "x", "--stage", "10"], "gpu: --stage must be of check, kernels"),
+        (["--out", "x", "--stage", "12"], "gpu: --stage must be of check, kernels"),
         (["--out", "x", "--stage", "chekc"], "got chekc"),
         ([], "--out must be a folder, got none"),
     ],
@@ -184,6 +187,16 @@ def test_a_stage_whose_time_is_over_says_so(session: Session) -> None:
     session.deadline = time.monotonic() - 1
     with pytest.raises(TimeoutError, match="no time was left for tests-x"):
         session.child("tests-x")
+
+
+def test_a_printed_object_is_found_before_what_an_end_prints(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = iter([(0, 'warning\n{"median_ms": 2.5}\n[W1121 cuda.cpp] released late\n'), (0, "nothing\n")])
+    monkeypatch.setattr(gpu_parts.Child, "run", lambda *_: next(outputs))
+    part = gpu_parts.printed("step", "step", 5)
+    (found,) = part.run(session)
+    assert (found.status, found.figures) == ("ok", {"median_ms": 2.5})
+    (found,) = part.run(session)
+    assert (found.status, found.error) == ("failed", "exit status 0: nothing")
 
 
 SANITIZER = """\

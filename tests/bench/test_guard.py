@@ -125,3 +125,8 @@ def test_command_records_compares_and_fails(
     assert "+2.00 %  <-" in printed and "got 102 (+2.00 %)" in complaint
     assert guard.main([*at, "--record"]) == 0 and guard.main(at) == 0
     assert json.loads(path.read_text())["flops"]["figures"] == {"a": 102.0}
+
+
+def test_what_is_no_number_is_a_change() -> None:
+    found = guard.compare("flops", record({"a": 1e6}), record({"a": float("nan")}))
+    assert len(found.complaints) == 1 and "within 0.1 % of 1,000,000" in found.complaints[0]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,3 +162,34 @@ def test_nobody_is_compared_with_a_baseline_that_fails() -> None:
     made.enter(BASELINE, lambda: (lambda: 1 / 0, {}))
     with pytest.raises(ZeroDivisionError):
         list(made.rows(rounds=1, warmup=0))
+
+
+def _chosen() -> tuple[str, bool]:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+def test_tf32_is_allowed_to_products_and_convolutions_alike_and_left_as_it_was() -> None:
+    before = _chosen()
+    with providers.tf32(True):
+        assert _chosen() == ("high", True)
+        with providers.tf32(False):
+            assert _chosen() == ("highest", False)
+        assert _chosen() == ("high", True)
+    assert _chosen() == before
+
+
+@pytest.mark.parametrize("name", ["training", "sweep", "encoder"])
+def test_float32_is_compared_without_tf32(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch takes TF32 for convolutions by itself, which is a hundred times further off than the limits of float32."""
+    module, seen = importlib.import_module(f"fastskel.bench.{name}"), []
+
+    def part(*_: object, **__: object) -> Iterator[dict[str, object]]:
+        seen.append(_chosen())
+        yield from ()
+
+    monkeypatch.setattr(module, "sweep", part, raising=name == "sweep")
+    if name != "sweep":
+        monkeypatch.setattr(module, "PARTS", dict.fromkeys(module.PARTS, part))
+    chosen = {"training": "step", "sweep": "step", "encoder": "forward"}[name]
+    module.main(["--device", "cpu", "--quick", "--parts", chosen, "--out", str(tmp_path / "rows.jsonl")])
+    assert seen == [("highest", False)]

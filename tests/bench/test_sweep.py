@@ -153,6 +153,43 @@ def test_a_provider_out_of_memory_is_left_out_and_the_other_goes_on(monkeypatch:
     assert rows["fastskel", 16]["status"] == "ok" and rows["fastskel", 16]["speedup"] is None
 
 
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling", "illegal access"])
+def test_no_memory_is_told_from_other_errors(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def peaks(name: str, batch: int) -> int:
+        if batch >= 8:
+            raise RuntimeError(words)
+        return 1
+
+    pretend(monkeypatch, peaks)
+    search = bench.largest_batch(replace(SETTING, device=torch.device("cuda")), most=64, budget=1.0, search_s=float("inf"))
+    if words == "illegal access":
+        with pytest.raises(RuntimeError, match="illegal access"):
+            list(search)
+        with pytest.raises(RuntimeError, match="illegal access"):
+            swept(monkeypatch, peaks)
+    else:
+        assert [row["largest_batch"] for row in search] == [7, 7]
+        assert {r["status"] for r in swept(monkeypatch, peaks) if r["batch"] == 8} == {"skipped"}
+
+
+def test_what_has_no_room_beside_the_others_is_left_out_at_that_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = bench.compare
+
+    def crowded(calls: dict[str, Any], baseline: str, **options: Any) -> Any:
+        # the third timing is that of batch 8
+        seen.append(len(calls))
+        if len(seen) == 3:
+            raise torch.cuda.OutOfMemoryError("no more")
+        return genuine(calls, baseline, **options)
+
+    seen: list[int] = []
+    monkeypatch.setattr(bench, "compare", crowded)
+    rows = {(row["provider"], row["batch"]): row for row in swept(monkeypatch, lambda name, batch: batch * MIB)}
+    assert seen == [2, 2, 2, 1, 2]
+    assert rows["fastskel", 8]["status"] == "skipped" and rows["fastskel", 8]["reason"] == "out of memory at 8 beside the others"
+    assert [rows[name]["status"] for name in (("reference", 8), ("reference", 16), ("fastskel", 16))] == ["ok"] * 3
+
+
 def test_a_provider_over_its_budget_is_left_out_before_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[str, int]] = []
 
