@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastskel.atomic import atomic_write
+from fastskel.train.runlog import TIMINGS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,10 +44,13 @@ INK, FAINT = "#222222", "#9aa0a6"
 RATES = ("lr", "learning_rate")
 PANELS = {
     "embedding_std": "deviation of the embeddings",
+    "embedding_rank": "effective rank of the embeddings",
     "gradient_norm": "norm of the gradient",
     **dict.fromkeys(RATES, "learning rate"),
+    "samples_per_s": "samples a second",
+    "data_stall": "share of time waiting for data",
 }
-NOT_TERMS = {"loss", "epoch", "samples_per_s", *PANELS}
+NOT_TERMS = {"loss", "epoch", *TIMINGS, *PANELS}
 
 
 def write_results(path: str | os.PathLike[str], results: Mapping[str, Any]) -> None:

@@ -28,21 +28,22 @@ class StopRequest:
 
     Attributes:
         signal: Name of the signal that this process received, empty before.
+        group: The processes, by connections of their hosts; None where those of the default group are.
     """
 
     def __init__(self) -> None:
         self.signal = ""
-        self._group = None
+        self.group = None
         if rank_and_world()[1] > 1 and dist.get_backend() != "gloo":
             # asked on the host, so that no step waits for its device
-            self._group = dist.new_group(backend="gloo")
+            self.group = dist.new_group(backend="gloo")
 
     def anywhere(self) -> bool:
         """Ask all processes; the same answer, after the same step, in each."""
         if rank_and_world()[1] == 1:
             return bool(self.signal)
         asked = torch.tensor(int(bool(self.signal)))
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
         return bool(asked)
 
 

@@ -7,7 +7,6 @@ import functools
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,18 +20,20 @@ from torch import Tensor, nn
 from fastskel.data.batch import Batch
 from fastskel.data.loader import Loader, num_chunks
 from fastskel.data.packed import PackedDataset
-from fastskel.dist import all_reduce_sum, exchange, rank_and_world
+from fastskel.dist import exchange, rank_and_world
 from fastskel.models.encoder import ENCODERS, Encoder
-from fastskel.objectives.objective import OBJECTIVES, Objective, Terms
+from fastskel.objectives.objective import OBJECTIVES, Objective
 from fastskel.train.checkpoint import Checkpoint, load_weights, newest, read_checkpoint, weights
 from fastskel.train.checkpoint_writer import CheckpointWriter
 from fastskel.train.chunked import Gradients, Outcome, choose_gradients
+from fastskel.train.heartbeat import Heartbeat
 from fastskel.train.optimiser import Average, build_optimizer, learning_rate
 from fastskel.train.preemption import Preempted, StopRequest, stop_on_signals
-from fastskel.train.processes import TrainingStopped, check_alike, mean_deviation, on_first, processes
+from fastskel.train.processes import TrainingStopped, check_alike, on_first, processes
 from fastskel.train.record import create_record, has_record, note_resumed, origin, resume_record, run_identity
 from fastskel.train.runlog import RunLog
 from fastskel.train.stage import Stage, describe
+from fastskel.train.watch import Watch, figures_of
 
 __all__ = ["Monitor", "Preempted", "TrainingStopped", "pretrain", "start"]
 
@@ -56,6 +57,8 @@ class _Run:
     average: Average | None = None
     # figure, value and step of the best checkpoint
     best: dict[str, Any] | None = None
+    # the last checkpoint
+    saved: Path | None = None
     # what a checkpoint is read into comes first, then the processes share it
     gradients: Gradients = field(init=False)
 
@@ -116,6 +119,7 @@ class _Run:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.loader.load_state_dict(self._own_position(checkpoint))
         self.step, self.best = checkpoint.state["step"], checkpoint.state.get("best")
+        self.saved = checkpoint.path
 
     def _own_position(self, checkpoint: Checkpoint) -> dict[str, int]:
         """Where the loader of any number of processes stood, for this one: positions count batches of all processes."""
@@ -134,7 +138,7 @@ class _Run:
         if not all(bool(value.isfinite().all()) for value in weights(self.modules).values()):
             raise TrainingStopped(
                 f"pretrain: weights must stay finite, got others after step {self.step - 1}; they were not saved. "
-                + _advice(lr)
+                + _advice(self, lr)
             )
         moments = self.optimizer_tensors()
         state = {
@@ -210,12 +214,12 @@ def _choose_gradients(run: _Run, device: torch.device) -> Gradients:
     )  # fmt: skip
 
 
-def _train_step(run: _Run, passes: Sequence[Iterator[Batch]], progress: float) -> tuple[Outcome, Tensor]:
+def _train_step(run: _Run, passes: Sequence[Iterator[Batch]], progress: float, watch: Watch) -> tuple[Outcome, Tensor]:
     """Take the gradient of a batch of (N, T, M, V, C) views; return what was found out, and its norm, ()."""
     for group in run.optimizer.param_groups:
         group["lr"] = run.lr
     run.optimizer.zero_grad(set_to_none=True)
-    found = run.gradients([(part.at(run.stage.seed, run.step) for part in each) for each in passes], progress)
+    found = run.gradients([(part.at(run.stage.seed, run.step) for part in watch.waits(each)) for each in passes], progress)
     parameters = run.parameters()
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if run.stage.clip_norm:
@@ -223,21 +227,9 @@ def _train_step(run: _Run, passes: Sequence[Iterator[Batch]], progress: float) -
     return found, norm
 
 
-def _figures(terms: Terms, embeddings: Mapping[str, Tensor], norm: Tensor) -> dict[str, float]:
-    shared = {"embedding_std": mean_deviation(embeddings), "gradient_norm": norm}
-    named = {"loss": terms.total.detach(), **shared, **terms.terms}
-    values = torch.stack([value.double() for value in named.values()])
-    _, world = rank_and_world()
-    # the same bits in all processes: they decide together whether to go on
-    values = all_reduce_sum(values) / world if world > 1 else values
-    return dict(zip(named, values.tolist(), strict=True))
-
-
-def _advice(lr: float) -> str:
-    return (
-        f"Start a new run with a lower lr (now {lr:g}), in fp32, or with a larger batch; "
-        "the run's checkpoints are from before."
-    )
+def _advice(run: _Run, lr: float) -> str:
+    before = "no checkpoint was written" if run.saved is None else f"the last good checkpoint is {run.saved}"
+    return f"Start a new run with a lower lr (now {lr:g}), in fp32, or with a larger batch; {before}."
 
 
 def _spoilt(run: _Run, batch: Batch) -> Tensor:
@@ -266,7 +258,7 @@ def _check(figures: Mapping[str, float], run: _Run, batch: Batch, lr: float) -> 
         raise TrainingStopped(
             f"pretrain: the loss and its gradient must stay finite, got {figures['loss']} at step {run.step} "
             f"(not finite: {', '.join(bad)}). "
-            + (f"The clips {names[:3]} hold NaN or infinity: pack the data anew." if names else _advice(lr))
+            + (f"The clips {names[:3]} hold NaN or infinity: pack the data anew." if names else _advice(run, lr))
         )
 
 
@@ -295,22 +287,28 @@ def _train(
     log: RunLog | None,
     request: StopRequest,
     bar: Any,
+    watch: Watch,
 ) -> Path:
-    stage, total, first, started = run.stage, run.total_steps, run.step, time.perf_counter()
+    stage, total = run.stage, run.total_steps
     every = stage.checkpoint_steps or len(run.loader)
     while True:
         epoch = run.loader.epoch
         # told again where a run resumes within an epoch: what it does depends on the epoch alone
         run.objective.epoch_start(epoch)
         for passes in run.loader.steps(run.chunk, run.gradients.passes):
-            found, norm = _train_step(run, passes, run.step / total)
-            if run.step % stage.log_steps == 0 or run.step + 1 == total:
-                figures, lr = _figures(found.terms, found.embeddings, norm), run.lr
+            logged, last = run.step % stage.log_steps == 0, run.step + 1 == total
+            watch.begin(run.step, logged=logged or last)
+            found, norm = _train_step(run, passes, run.step / total, watch)
+            if logged or last:
+                figures, lr = figures_of(found.terms, found.embeddings, norm), run.lr
                 _check(figures, run, found.batch, lr)
-                rate = stage.batch_size * (run.step - first + 1) / (time.perf_counter() - started)
+                # a function of the step alone, as every record of a resumed run must be: the first one of an epoch
+                if last or run.step % len(run.loader) < stage.log_steps:
+                    figures |= watch.rank_of(found.embeddings, run.step)
+                times = watch.figures(run.step, stage.batch_size)
                 if log is not None:
-                    log.write({"step": run.step, "epoch": epoch, "lr": lr, "samples_per_s": round(rate, 2), **figures})
-                bar.set_postfix(loss=f"{figures['loss']:.3f}", samples_per_s=f"{rate:.0f}", refresh=False)
+                    log.write({"step": run.step, "epoch": epoch, "lr": lr, **times, **figures})
+                bar.set_postfix(loss=f"{figures['loss']:.3f}", samples_per_s=f"{times['samples_per_s']:.0f}", refresh=False)
             # before the next one's are made
             del found
             run.optimizer.step()
@@ -318,18 +316,19 @@ def _train(
                 run.average.update(run.encoder, run.step)
             run.objective.after_step()
             run.step += 1
+            watch.heart.mark("ends its step", step=run.step)
             bar.update()
             due = run.step % every == 0 or run.step == total
             # before the checkpoint: a run that resumes after it does not come back to read this epoch
             if monitors and run.step % len(run.loader) == 0:
-                read = on_first(functools.partial(_monitored, run, monitors, epoch))
+                read = watch.on_first("evaluates", functools.partial(_monitored, run, monitors, epoch))
                 if log is not None and read:
                     log.write({"step": run.step - 1, "epoch": epoch, **read})
                 due |= bool(stage.keep_best) and run.is_best(read, run.step)
             asked = request.anywhere()
             if due or asked:
-                last = asked or run.step == total
-                checkpoint = on_first(functools.partial(_saved, run, writer, log, last))
+                saving = functools.partial(_saved, run, writer, log, asked or run.step == total)
+                run.saved = checkpoint = watch.on_first("saves a checkpoint", saving)
             if run.step == total:
                 return checkpoint
             if asked:
@@ -377,9 +376,9 @@ def pretrain(
         Preempted: If SIGTERM or SIGUSR1 asked for it; a checkpoint was saved.
     """
     folder = Path(out)
-    with processes(device) as place, stop_on_signals() as request:
+    with processes(device) as (place, heart), stop_on_signals() as request:
         begun = on_first(lambda: has_record(folder)) if resume == "if-started" else resume
-        return _pretrain(stage, dataset, folder, place, indices, recipe, begun, monitors, tensorboard, progress, request)
+        return _pretrain(stage, dataset, folder, place, heart, indices, recipe, begun, monitors, tensorboard, progress, request)
 
 
 def _resumed(folder: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any], Checkpoint | None]:
@@ -396,6 +395,7 @@ def _pretrain(
     dataset: PackedDataset,
     folder: Path,
     place: torch.device,
+    heart: Heartbeat,
     indices: NDArray[np.int64] | None,
     recipe: Mapping[str, Any] | None,
     resume: bool,
@@ -436,8 +436,9 @@ def _pretrain(
                 total=run.total_steps, initial=run.step, desc=stage.name, unit="step", disable=not (progress and first),
                 dynamic_ncols=True,
             ) as bar,
+            contextlib.closing(Watch(run.encoder, place, heart, request.group)) as watch,
         ):  # fmt: skip
-            return _train(run, writer, monitors, log, request, bar)
+            return _train(run, writer, monitors, log, request, bar, watch)
     except ValueError:
         # refused before it did anything: the corrected run may have the folder
         if run.step == 0 and not resume and first:

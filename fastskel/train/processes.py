@@ -22,6 +22,7 @@ from fastskel.models.encoder import Encoder
 from fastskel.nn.grouped_norm import uses_batch_statistics
 from fastskel.objectives.objective import Objective, Terms
 from fastskel.train.device import choose_device
+from fastskel.train.heartbeat import FAILED, Heartbeat
 from fastskel.train.preemption import Preempted
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ TIMEOUT = timedelta(minutes=10)
 FAREWELL_SECONDS = 5.0
 # what errors say that are but of a connection
 SYMPTOMS = ("gloo", "NCCL", "onnection", "imed out")
-FAILED, READ = "fastskel-failed", "fastskel-read"
+READ = "fastskel-read"
 
 T = TypeVar("T")
 M = TypeVar("M", bound="Pair")
@@ -157,20 +158,23 @@ def _own_round(store: Store, rank: int, world: int) -> Store:
 
 
 @contextlib.contextmanager
-def processes(device: str) -> Iterator[torch.device]:
+def processes(device: str) -> Iterator[tuple[torch.device, Heartbeat]]:
     """Set up the processes that torchrun started, and take them down again: gloo on CPUs, nccl on GPUs, one for each process.
 
     A group that was set up already is used and left alone. A failure in one process ends the others at once, which name it.
+    One that hangs is named by the others once they have waited for it for too long; they end with status 3.
 
     Args:
         device: `"auto"` takes a GPU where there is one; several processes take the one of their rank on the machine.
+    Returns:
+        The device, and what to tell of progress.
     Raises:
         ValueError: If the environment names processes without saying how to reach them, or there is no such device.
         TrainingStopped: If another process failed.
     """
     ours = None if dist.is_available() and dist.is_initialized() else _launched()
     if ours is None:
-        yield choose_device(device)
+        yield choose_device(device), Heartbeat()
         return
     if not dist.is_available():
         raise ValueError(
@@ -191,8 +195,11 @@ def processes(device: str) -> Iterator[torch.device]:
             f"pretrain: all {world} processes must meet, got {str(error).splitlines()[0]}. Look at what the others printed, "
             "and at MASTER_ADDR and MASTER_PORT."
         ) from error
+    heart = Heartbeat(store, rank, world)
     try:
-        yield place
+        # its threads end before the connections that they use
+        with contextlib.closing(heart):
+            yield place, heart
         # none may close a connection that another still reads
         dist.barrier()
     except Preempted:

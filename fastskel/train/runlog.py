@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RunLog"]
+__all__ = ["TIMINGS", "RunLog"]
 
 LOG_FILE = "log.jsonl"
+# what a record says of machine and moment; all else is the same in a run that was resumed
+TIMINGS = frozenset({"samples_per_s", "data_stall", "memory_gib", "slowest_rank", "rank_seconds"})
 
 
 def _end_of(path: Path, upto: int) -> int:

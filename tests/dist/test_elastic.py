@@ -14,6 +14,7 @@ import pytest
 
 from fastskel.data import make_synthetic
 from fastskel.train import checkpoint
+from fastskel.train.runlog import TIMINGS
 
 # long enough to be hit in the middle, about half a second on an idle core
 EPOCHS, STEPS = 30, 60
@@ -66,7 +67,7 @@ def bits(run: Path) -> dict[str, bytes]:
     last = checkpoint.newest(run)
     assert last is not None and last.name == f"step-{STEPS:09d}"
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    kept = [{key: value for key, value in record.items() if key != "samples_per_s"} for record in log]
+    kept = [{key: value for key, value in record.items() if key not in TIMINGS} for record in log]
     return {**{path.name: path.read_bytes() for path in last.iterdir()}, "log": json.dumps(kept).encode()}
 
 

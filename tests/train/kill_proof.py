@@ -6,7 +6,7 @@
 Trains once without interruption. Then trains the same again and again, ended after a random time by SIGKILL or SIGTERM and
 resumed by the next, until the asked number of kills is reached; of several processes that train together one, or all, are
 sent the signal, and those that are left end by themselves. Every training that ends is compared with the first:
-each tensor of its last checkpoint, model and optimiser, and each record of its log but for the speed. A kill that left
+each tensor of its last checkpoint, model and optimiser, and each record of its log but for its times. A kill that left
 a half-written or half-removed checkpoint behind is counted apart.
 """
 
@@ -38,6 +38,7 @@ from fastskel.data import make_synthetic, open_dataset
 from fastskel.recipes import RECIPES
 from fastskel.train import Preempted, TrainingStopped, pretrain
 from fastskel.train.checkpoint import newest
+from fastskel.train.runlog import TIMINGS
 
 NUM_CLIPS, BATCH_SIZE = 16, 8
 # a process lives this part of an uninterrupted training at most, so a training takes several
@@ -96,7 +97,8 @@ def digest(run: Path) -> dict[str, str]:
             found[f"{path.stem}/{name}"] = hashlib.sha256(about + value.numpy().tobytes()).hexdigest()
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     for record in records:
-        del record["samples_per_s"]
+        for name in TIMINGS & record.keys():
+            del record[name]
     found["log"] = hashlib.sha256(json.dumps(records).encode()).hexdigest()
     return found
 

@@ -19,8 +19,10 @@ from fastskel.data import PackedDataset, make_synthetic
 from fastskel.objectives import MGFD
 from fastskel.recipes import RECIPES
 from fastskel.train import Stage, build_optimizer, checkpoint, learning_rate, load_encoder, pretrain
+from fastskel.train.heartbeat import Heartbeat
 from fastskel.train.optimiser import Average
 from fastskel.train.pretrain import _build, _choose_gradients, _train_step
+from fastskel.train.watch import Watch
 
 NUM_CLIPS = 16
 OPTIMIZERS = ("adam", "adamw", "lamb", "lars")
@@ -151,8 +153,11 @@ def test_the_gradient_is_clipped(dataset) -> None:
     def step(clip: float) -> tuple[torch.Tensor, torch.Tensor]:
         run = _build(replace(make_stage(dataset), batch_size=NUM_CLIPS, clip_norm=clip), dataset, None, torch.device("cpu"))
         run.gradients = _choose_gradients(run, torch.device("cpu"))
+        watch = Watch(run.encoder, torch.device("cpu"), Heartbeat(), None)
+        watch.begin(0, logged=True)
         # to its end: an epoch of one step
-        ((_, norm),) = [_train_step(run, passes, 0.0) for passes in run.loader.steps()]
+        ((_, norm),) = [_train_step(run, passes, 0.0, watch) for passes in run.loader.steps()]
+        watch.close()
         return norm, torch.cat([p.grad.flatten() for p in run.parameters() if p.grad is not None])
 
     free, gradient = step(0.0)
