@@ -1,4 +1,4 @@
-"""The command line: `fastskel pack | unpack | convert | info | show | check | pretrain | evaluate | export | demo | bench`."""
+"""The command line: `fastskel pack | unpack | convert | info | show | check | plan | pretrain | evaluate | ...`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Positio
 
 from fastskel.cli_bench import bench_commands
 from fastskel.cli_pack import convert, list_formats, pack_commands, unpack_commands
+from fastskel.cli_plan import plan_commands
 
 if TYPE_CHECKING:
     from fastskel.data.packed import PackedDataset
@@ -34,6 +35,7 @@ ABOUT = f"""usage: {PROG} COMMAND ...
   info DATA                     what a packed data set holds
   show DATA CLIP                pictures of one clip
   check DATA                    what is wrong with a packed data set
+  plan RECIPE                   memory, time and traffic of a training before it starts
   pretrain RECIPE DATA          train an encoder
   evaluate knn|linear RUN DATA  how good its features are
   export RUN --to usdrl         a checkpoint for the reference's scripts
@@ -358,6 +360,7 @@ COMMANDS: Mapping[str, Command | tuple[str, Callable[[], dict[str, Command]]]] =
     "info": info,
     "show": show,
     "check": check,
+    "plan": ("RECIPE", plan_commands),
     "pretrain": ("RECIPE", _pretrain_commands),
     "evaluate": ("TASK", lambda: {"knn": knn, "linear": linear}),
     "export": export,
