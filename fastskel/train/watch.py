@@ -82,7 +82,7 @@ def embedding_rank(embeddings: Mapping[str, Tensor]) -> float:
 
 
 def _resident_kib() -> int:
-    """Most memory that this process ever had."""
+    """Most memory that this process ever had; of one that another process started, at least what that one had then."""
     # not there on Windows
     import resource
 

@@ -115,6 +115,7 @@ def test_times_are_those_since_the_last_record(monkeypatch) -> None:
 
 def test_the_slowest_process_speaks_for_all(monkeypatch) -> None:
     watch, encoder, clock, _ = watched(monkeypatch, gathered=[(100_000, 900_000, 1 << 20), (400_000, 0, 3 << 20)])
+    monkeypatch.setattr(module, "_resident_kib", lambda: 2 << 20)
     step(watch, encoder, clock, 0, wait=0.1, embed=0.1, rest=1.6)
     found = watch.figures(0, 8)
     assert found["slowest_rank"] == 1 and found["rank_seconds"] == pytest.approx([0.1, 0.2, 0.4])
