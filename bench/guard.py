@@ -43,7 +43,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastskel import models
 from fastskel.atomic import atomic_write
 
-__all__ = ["GROUPS", "RECORDS", "CannotCountError", "Group", "compare", "main", "measure"]
+__all__ = ["GROUPS", "RECORDS", "CannotCountError", "Group", "compare", "main", "measure", "on_cpu"]
 
 RECORDS = Path(__file__).resolve().parent / "results" / "guard.json"
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -116,8 +116,8 @@ def _encoders() -> dict[str, Callable[[], Any]]:
     return found
 
 
-def _without_values(module: torch.nn.Module) -> torch.nn.Module:
-    """Give a module of the meta device parameters on the CPU, in the present fake mode; copies made in such a mode leave it."""
+def on_cpu(module: torch.nn.Module) -> torch.nn.Module:
+    """Give a module of the meta device parameters (D, ..) on the CPU, in the present fake mode, which copies would leave."""
     made: dict[Tensor, Tensor] = {}
     for owner in module.modules():
         for tensors in (owner._parameters, owner._buffers):
@@ -136,7 +136,7 @@ def _encoder_figures(count: Callable[[torch.nn.Module, Callable[..., Any]], Figu
         with torch.device("meta"):
             module = make()
         with FakeTensorMode():
-            module = _without_values(module)
+            module = on_cpu(module)
             encode = getattr(module, "streams", module)
 
             def call(rows: int, encode: Any = encode) -> list[Tensor]:

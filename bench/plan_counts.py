@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 from fastskel.bench.counting import Counter, Entry
-from fastskel.bench.guard import _without_values as on_cpu
+from fastskel.bench.guard import on_cpu
 from fastskel.bench.predict import expected_drops
 from fastskel.kernels.decorrelation import decorrelate_torch
 from torch import Tensor

@@ -243,7 +243,7 @@ def reference_result(setting: Setting, views: list[Tensor] | None = None) -> tra
     """Return loss and gradients of the reference in float32 on views (N, C, T, V, M), or on the cached ones, without DropPath."""
     exact = ReferenceStep(setting, torch.float32)
     exact.views = views or exact.views
-    return training._loss_and_gradients(exact, exact.loss, 1.0)
+    return training.loss_and_gradients(exact, exact.loss, 1.0)
 
 
 def hold_one_batch(job: Job, dataset: PackedDataset, systems: Mapping[str, System]) -> training.Exact:
@@ -264,4 +264,4 @@ def check(setting: Setting, kind: Kind, train: Any, exact: training.Exact) -> Ro
     Raises:
         ValueError: If a distance is larger than rounding explains.
     """
-    return training._gate(kind.name, train, setting.precision(kind), exact)
+    return training.gate_step(kind.name, train, setting.precision(kind), exact)

@@ -47,7 +47,7 @@ from fastskel.models import DSTE
 from fastskel.skeleton import Topology
 from fastskel.train.capture import CapturedStep
 
-__all__ = ["OwnStep", "ReferenceStep", "Setting", "extract_part", "main", "step_part"]
+__all__ = ["Exact", "OwnStep", "ReferenceStep", "Setting", "extract_part", "gate_step", "loss_and_gradients", "main", "step_part"]
 
 # relative distance of a loss from the reference's in float32, in its own precision
 LOSS_LIMITS: dict[str, float] = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
@@ -75,7 +75,8 @@ Row = dict[str, Any]
 Exact = tuple[float, dict[str, Tensor]]
 
 
-def _loss_and_gradients(model: Any, forward: Callable[[], Tensor], scale: float) -> Exact:
+def loss_and_gradients(model: Any, forward: Callable[[], Tensor], scale: float) -> Exact:
+    """Return a loss (), and its gradients (D, ..) by name, taken of the loss times `scale`; leaves none behind."""
     model.zero_grad()
     loss = forward()
     (loss.float() * scale).backward()  # type: ignore[no-untyped-call]
@@ -106,14 +107,26 @@ def _compare(name: str, precision: str, found: Exact, exact: Exact, gradient_lim
     return {"distance": distance, "gradient_distance": gradients}
 
 
-def _gate(name: str, model: Any, precision: str, exact: Exact, gradient_limit: float = LARGEST) -> Row:
-    """Compare a step without DropPath with the reference, as it computes and, if it is not compiled, in float32."""
+def gate_step(name: str, model: Any, precision: str, exact: Exact, gradient_limit: float = LARGEST) -> Row:
+    """Compare a step without DropPath with the reference, as it computes and, if it is not compiled, in float32.
+
+    Args:
+        name: Provider.
+        model: Its step.
+        precision: What it computes in.
+        exact: The reference's loss () and gradients (D, ..) in float32.
+        gradient_limit: Largest distance of gradients in `precision`.
+    Returns:
+        Distances, as fields of a row.
+    Raises:
+        ValueError: If one is too far off, or not a number, or a gradient is missing.
+    """
     set_drop_path(model.model, 0.0)
     scale = GATE_SCALE if precision == "fp16" else 1.0
-    found = _compare(name, precision, _loss_and_gradients(model, model.loss, scale), exact, gradient_limit)
+    found = _compare(name, precision, loss_and_gradients(model, model.loss, scale), exact, gradient_limit)
     if not model.compiled:
         own, model.dtype = model.dtype, torch.float32
-        sharp = _compare(name, "fp32", _loss_and_gradients(model, model.loss, 1.0), exact, GRADIENT_LIMIT)
+        sharp = _compare(name, "fp32", loss_and_gradients(model, model.loss, 1.0), exact, GRADIENT_LIMIT)
         found |= {f"{key}_fp32": value for key, value in sharp.items()}
         model.dtype = own
     set_drop_path(model.model, DROP_PATH)
@@ -136,7 +149,7 @@ def _captured(name: str, model: Any, setting: Setting) -> CapturedStep:
 def _gradient_limits(plain: ReferenceStep, exact: Exact) -> dict[str, float]:
     """Say how far off gradients may be in each half precision, from the plain reference's own distance in bfloat16."""
     plain.dtype = torch.bfloat16
-    _, found = _loss_and_gradients(plain, plain.loss, 1.0)
+    _, found = loss_and_gradients(plain, plain.loss, 1.0)
     plain.dtype = torch.float32
     limit = GRADIENT_SLACK * relative_l2(found.values(), exact[1].values())
     # float16 has three bits more, and is no further off
@@ -151,7 +164,7 @@ def _ready(setting: Setting, kind: Kind, exact: Exact, limits: Mapping[str, floa
         torch.cuda.empty_cache()
     model, precision = make_step(setting, kind), setting.precision(kind)
     about: Row = {"about": kind.about, "precision": precision}
-    about |= _gate(kind.name, model, precision, exact, limits[precision])
+    about |= gate_step(kind.name, model, precision, exact, limits[precision])
     if kind.captured:
         made: list[CapturedStep] = []
         # replays allocate nothing: the warm-up and the capture do
@@ -189,7 +202,7 @@ def _ready_checkout(stack: contextlib.ExitStack, setting: Setting, exact: Exact)
 def step_part(setting: Setting) -> Iterator[Row]:
     """Time training steps; a provider that fails is a row with its error, and the others go on."""
     plain = ReferenceStep(setting, torch.float32)
-    exact = _loss_and_gradients(plain, plain.loss, 1.0)
+    exact = loss_and_gradients(plain, plain.loss, 1.0)
     limits = _gradient_limits(plain, exact)
     work = flops(plain.step) / 1e12
     del plain

@@ -31,7 +31,6 @@ __all__ = [
     "read_checkpoint",
     "save_checkpoint",
     "weights",
-    "write_checkpoint",
 ]
 
 FORMAT_VERSION = 1
@@ -89,22 +88,11 @@ def load_weights(modules: Mapping[str, nn.Module], stored: Mapping[str, Tensor],
 def save_checkpoint(
     folder: Path,
     step: int,
-    modules: Mapping[str, nn.Module],
-    state: Mapping[str, Any],
-    optimizer: Mapping[str, Tensor] | None = None,
-) -> Path:
-    """Write one checkpoint under `folder`; it appears complete, under its step's name, or not at all."""
-    return write_checkpoint(folder, step, weights(modules), state, optimizer)
-
-
-def write_checkpoint(
-    folder: Path,
-    step: int,
     model: Mapping[str, Tensor],
     state: Mapping[str, Any],
     optimizer: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint of named tensors, of any shape, as `save_checkpoint` does."""
+    """Write one checkpoint of named tensors (D, ..) under `folder`; it appears complete, under its step's name, or not at all."""
     target = folder / _name(step)
     if target.exists():
         _remove(target)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastskel.train.checkpoint import prune, write_checkpoint
+from fastskel.train.checkpoint import prune, save_checkpoint
 
 __all__ = ["CheckpointWriter"]
 
@@ -49,7 +49,7 @@ class CheckpointWriter:
     def _write(self, step: int, copies: list[dict[str, Tensor]], state: dict[str, Any]) -> None:
         model, optimizer = copies
         try:
-            write_checkpoint(self.run / "checkpoints", step, model, state, optimizer)
+            save_checkpoint(self.run / "checkpoints", step, model, state, optimizer)
             # only when the new one is there
             best = state.get("best")
             prune(self.run, self.keep, None if best is None else best["step"])

@@ -214,22 +214,29 @@ def _choose_gradients(run: _Run, device: torch.device) -> Gradients:
     )  # fmt: skip
 
 
-def _train_step(run: _Run, passes: Sequence[Iterator[Batch]], progress: float, watch: Watch) -> tuple[Outcome, Tensor]:
-    """Take the gradient of a batch of (N, T, M, V, C) views; return what was found out, and its norm, ()."""
+def _train_step(run: _Run, passes: Sequence[Iterator[Batch]], progress: float, watch: Watch) -> Outcome:
+    """Take the gradient of a batch of (N, T, M, V, C) views; return what was found out."""
     for group in run.optimizer.param_groups:
         group["lr"] = run.lr
     run.optimizer.zero_grad(set_to_none=True)
-    found = run.gradients([(part.at(run.stage.seed, run.step) for part in watch.waits(each)) for each in passes], progress)
+    return run.gradients([(part.at(run.stage.seed, run.step) for part in watch.waits(each)) for each in passes], progress)
+
+
+def _clip(run: _Run) -> Tensor:
+    """Shorten the gradient to the stage's norm, if it has one; return how long it was, ()."""
     parameters = run.parameters()
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if run.stage.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, run.stage.clip_norm, norm)
-    return found, norm
+    return norm
 
 
 def _advice(run: _Run, lr: float) -> str:
-    before = "no checkpoint was written" if run.saved is None else f"the last good checkpoint is {run.saved}"
-    return f"Start a new run with a lower lr (now {lr:g}), in fp32, or with a larger batch; {before}."
+    return f"Start a new run with a lower lr (now {lr:g}), in fp32, or with a larger batch; {_before(run)}."
+
+
+def _before(run: _Run) -> str:
+    return "no checkpoint was written" if run.saved is None else f"the last good checkpoint is {run.saved}"
 
 
 def _spoilt(run: _Run, batch: Batch) -> Tensor:
@@ -247,7 +254,7 @@ def _check(figures: Mapping[str, float], run: _Run, batch: Batch, lr: float) -> 
         raise TrainingStopped(
             f"pretrain: embeddings must differ between samples, got mean deviation {figures['embedding_std']:.2g} at step "
             f"{run.step}: collapsed. Check that the clips differ; start a new run with a lower lr (now {lr:g}) or a larger "
-            "batch."
+            f"batch; {_before(run)}."
         )
     bad = [name for name, value in figures.items() if not math.isfinite(value)]
     if bad:
@@ -296,10 +303,14 @@ def _train(
         # told again where a run resumes within an epoch: what it does depends on the epoch alone
         run.objective.epoch_start(epoch)
         for passes in run.loader.steps(run.chunk, run.gradients.passes):
-            logged, last = run.step % stage.log_steps == 0, run.step + 1 == total
-            watch.begin(run.step, logged=logged or last)
-            found, norm = _train_step(run, passes, run.step / total, watch)
-            if logged or last:
+            last = run.step + 1 == total
+            logged = last or run.step % stage.log_steps == 0
+            watch.begin(run.step, logged=logged)
+            found = _train_step(run, passes, run.step / total, watch)
+            # it reads every gradient: only where somebody wants to know
+            if logged or stage.clip_norm:
+                norm = _clip(run)
+            if logged:
                 figures, lr = figures_of(found.terms, found.embeddings, norm), run.lr
                 _check(figures, run, found.batch, lr)
                 # a function of the step alone, as every record of a resumed run must be: the first one of an epoch
@@ -318,7 +329,7 @@ def _train(
             run.step += 1
             watch.heart.mark("ends its step", step=run.step)
             bar.update()
-            due = run.step % every == 0 or run.step == total
+            due = last or run.step % every == 0
             # before the checkpoint: a run that resumes after it does not come back to read this epoch
             if monitors and run.step % len(run.loader) == 0:
                 read = watch.on_first("evaluates", functools.partial(_monitored, run, monitors, epoch))
@@ -327,9 +338,9 @@ def _train(
                 due |= bool(stage.keep_best) and run.is_best(read, run.step)
             asked = request.anywhere()
             if due or asked:
-                saving = functools.partial(_saved, run, writer, log, asked or run.step == total)
+                saving = functools.partial(_saved, run, writer, log, asked or last)
                 run.saved = checkpoint = watch.on_first("saves a checkpoint", saving)
-            if run.step == total:
+            if last:
                 return checkpoint
             if asked:
                 raise Preempted(

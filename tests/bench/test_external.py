@@ -69,7 +69,7 @@ def test_loss_and_gradients_are_the_reference_s(shared) -> None:
     checkout.prepare("loss", SETTING.published_views(), precision="fp32")
     loss, *gradients = checkout.results()
     plain = ReferenceStep(SETTING, torch.float32)
-    expected, exact = training._loss_and_gradients(plain, plain.loss, 1.0)
+    expected, exact = training.loss_and_gradients(plain, plain.loss, 1.0)
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     assert checkout.names == list(exact)
     # another order of sums, through a maximum over tokens

@@ -23,14 +23,14 @@ def kind(name: str) -> Kind:
 def exact() -> training.Exact:
     """Loss and gradients of the reference in float32."""
     plain = ReferenceStep(SETTING, torch.float32)
-    return training._loss_and_gradients(plain, plain.loss, 1.0)
+    return training.loss_and_gradients(plain, plain.loss, 1.0)
 
 
 @pytest.mark.parametrize("name", ["reference", "reference-fp16", "reference-sdpa", "fastskel"])
 def test_all_systems_start_with_the_same_loss_and_gradients(name, exact) -> None:
     model = make_step(SETTING, kind(name))
     precision = SETTING.precision(kind(name))
-    found = training._gate(name, model, precision, exact)
+    found = training.gate_step(name, model, precision, exact)
     # sums in another order; and what the type's mantissa allows
     assert found["distance_fp32"] < 1e-5 and found["gradient_distance_fp32"] < 1e-3
     assert 0 < found["distance"] < 5e-3
@@ -45,16 +45,16 @@ def test_a_red_gate_says_what_is_off(exact) -> None:
     own = OwnStep(SETTING, "torch", captured=False)
     loss, gradients = exact
     with pytest.raises(ValueError, match="training: loss of x in bf16 must be within 0.02 of the reference's, got .* Mend it"):
-        training._gate("x", own, "bf16", (1.1 * loss, gradients))
+        training.gate_step("x", own, "bf16", (1.1 * loss, gradients))
     turned = {name: -gradient for name, gradient in gradients.items()}
     with pytest.raises(ValueError, match="training: gradients of x in bf16 must be within 0.9"):
-        training._gate("x", own, "bf16", (loss, turned), 0.9)
+        training.gate_step("x", own, "bf16", (loss, turned), 0.9)
     # held to float32 where no limit is given
     with pytest.raises(ValueError, match="training: gradients of x in fp32 must be within 0.02"):
-        training._gate("x", own, "bf16", (loss, turned))
+        training.gate_step("x", own, "bf16", (loss, turned))
     fewer = dict(list(gradients.items())[1:])
     with pytest.raises(ValueError, match=r"gradients of x must be those of the reference, got others at \['backbone.spe'\]"):
-        training._gate("x", own, "bf16", (loss, fewer))
+        training.gate_step("x", own, "bf16", (loss, fewer))
     with pytest.raises(ValueError, match="got nan"):
         training._compare("x", "bf16", (float("nan"), gradients), exact, 1.0)
     spoilt = {name: gradient * float("nan") for name, gradient in gradients.items()}
@@ -66,7 +66,7 @@ def test_half_precision_is_held_to_what_the_plain_reference_is_off(exact) -> Non
     plain = ReferenceStep(SETTING, torch.float32)
     limits = training._gradient_limits(plain, exact)
     assert plain.dtype == torch.float32 and limits["fp16"] == limits["bf16"]
-    found = training._gate("reference", make_step(SETTING, kind("reference")), "bf16", exact, limits["bf16"])
+    found = training.gate_step("reference", make_step(SETTING, kind("reference")), "bf16", exact, limits["bf16"])
     # the one that it was measured on
     assert found["gradient_distance"] == pytest.approx(limits["bf16"] / 1.5, rel=1e-3)
 
@@ -80,7 +80,7 @@ def test_one_wrong_parameter_is_found(owner, parameter, exact) -> None:
     with torch.no_grad():
         getattr(own, owner).get_parameter(parameter).add_(0.1)
     with pytest.raises(ValueError, match="of fastskel in .* must be within"):
-        training._gate("fastskel", own, "bf16", exact)
+        training.gate_step("fastskel", own, "bf16", exact)
 
 
 def test_what_is_compiled_is_what_is_checked(monkeypatch, exact) -> None:
@@ -94,7 +94,7 @@ def test_what_is_compiled_is_what_is_checked(monkeypatch, exact) -> None:
     model = make_step(SETTING, kind("reference-compiled-max"))
     assert asked == [(name, {"dynamic": False, "mode": "max-autotune"}) for name in ("sub_forward", "total")]
     with pytest.raises(ValueError, match="loss of reference-compiled-max in bf16 must be within"):
-        training._gate("reference-compiled-max", model, "bf16", exact)
+        training.gate_step("reference-compiled-max", model, "bf16", exact)
 
 
 def test_the_reference_s_step_is_the_published_one() -> None:
@@ -171,7 +171,7 @@ def test_steps_compute_what_was_recorded_from_the_published_system(golden, name,
         assert not any(model.objective.load_state_dict(heads, strict=True))
         for view, clips in zip(model.batch.views, views):
             view.clips.copy_(clips.permute(0, 2, 4, 3, 1))
-    loss, gradients = training._loss_and_gradients(model, model.loss, 1.0)
+    loss, gradients = training.loss_and_gradients(model, model.loss, 1.0)
     assert loss == pytest.approx(float(archive["train/loss_aaai"]), rel=1e-4)
     recorded = {key[5:]: torch.from_numpy(value) for key, value in archive.items() if key.startswith("grad/")}
     assert gradients.keys() == recorded.keys()

@@ -44,7 +44,7 @@ def state_of(modules: dict[str, torch.nn.Module]) -> dict:
 def saved(tmp_path) -> Path:
     modules = make_modules()
     optimizer = {"encoder.spe/exp_avg": torch.ones(1, 5, 4)}
-    return save_checkpoint(tmp_path / "run" / "checkpoints", 7, modules, state_of(modules), optimizer)
+    return save_checkpoint(tmp_path / "run" / "checkpoints", 7, weights(modules), state_of(modules), optimizer)
 
 
 def test_shared_attention_is_stored_once():
@@ -200,14 +200,14 @@ def test_a_failing_write_leaves_the_old_checkpoint(saved, monkeypatch):
     modules = make_modules(seed=1)
     monkeypatch.setattr(native, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(saved.parent, 8, modules, state_of(modules))
+        save_checkpoint(saved.parent, 8, weights(modules), state_of(modules))
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
     assert newest(saved.parents[1]) == saved
 
 
 def test_a_step_can_be_saved_again(saved):
     modules = make_modules(seed=1)
-    assert save_checkpoint(saved.parent, 7, modules, state_of(modules)) == saved
+    assert save_checkpoint(saved.parent, 7, weights(modules), state_of(modules)) == saved
     assert torch.equal(read_checkpoint(saved).model["encoder.spe"], modules["encoder"].spe)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
@@ -225,11 +225,11 @@ def test_a_kill_during_a_removal_leaves_no_incomplete_checkpoint(act, saved, mon
             raise Killed
 
     modules, folder = make_modules(), saved.parent
-    later = save_checkpoint(folder, 8, modules, state_of(modules), {"encoder.spe/exp_avg": torch.zeros(1)})
+    later = save_checkpoint(folder, 8, weights(modules), state_of(modules), {"encoder.spe/exp_avg": torch.zeros(1)})
     monkeypatch.setattr(native.shutil, "rmtree", kill)
     remove = {
         "prune": lambda: prune(saved.parents[1], 1),
-        "save again": lambda: save_checkpoint(folder, 8, modules, state_of(modules)),
+        "save again": lambda: save_checkpoint(folder, 8, weights(modules), state_of(modules)),
     }
     with pytest.raises(Killed):
         remove[act]()
@@ -244,7 +244,7 @@ def test_a_kill_during_a_removal_leaves_no_incomplete_checkpoint(act, saved, mon
 def test_prune_keeps_the_newest_and_clears_what_killed_writers_left(saved):
     modules, folder = make_modules(), saved.parent
     for step in (8, 9, 10):
-        save_checkpoint(folder, step, modules, state_of(modules))
+        save_checkpoint(folder, step, weights(modules), state_of(modules))
     (folder / ".step-000000011.abc").mkdir()
     prune(saved.parents[1], 2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-000000009", "step-000000010"]
@@ -254,7 +254,7 @@ def test_prune_keeps_the_newest_and_clears_what_killed_writers_left(saved):
 def test_sttr_comes_back(tmp_path):
     encoder = STTR(num_joints=5, num_bodies=1, num_frames=4, width=4)
     state = {"encoder": {"name": "usdrl-sttr", "config": encoder.config}, "eval_view": eval_view(4), "topology": "ntu-25"}
-    loaded, _, _ = load_encoder(save_checkpoint(tmp_path, 0, {"encoder": encoder}, state))
+    loaded, _, _ = load_encoder(save_checkpoint(tmp_path, 0, weights({"encoder": encoder}), state))
     assert all(
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), encoder.state_dict().values(), strict=True)
     )

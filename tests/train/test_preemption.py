@@ -117,13 +117,13 @@ def test_without_the_main_thread_signals_are_left_alone() -> None:
 
 def test_the_writer_copies_before_it_returns(tmp_path, monkeypatch) -> None:
     go = threading.Event()
-    original = module.write_checkpoint
+    original = module.save_checkpoint
 
     def slow(*arguments, **options):
         assert go.wait(10)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(module, "write_checkpoint", slow)
+    monkeypatch.setattr(module, "save_checkpoint", slow)
     weight, moment = torch.zeros(3), torch.zeros(3)
     with CheckpointWriter(tmp_path, 1) as writer:
         path = writer.save(1, {"encoder.w": weight}, {"encoder.w/m": moment}, {"best": None})
@@ -141,7 +141,7 @@ def test_the_writer_says_at_the_next_checkpoint_what_went_wrong(tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     writer = CheckpointWriter(tmp_path, 1)
-    monkeypatch.setattr(module, "write_checkpoint", full)
+    monkeypatch.setattr(module, "save_checkpoint", full)
     writer.save(1, {}, {}, {})
     with pytest.raises(OSError, match="No space left on device"):
         writer.save(2, {}, {}, {})
@@ -174,7 +174,7 @@ def test_what_ended_a_training_comes_before_what_kept_its_checkpoint_from_the_di
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "write_checkpoint", full)
+    monkeypatch.setattr(module, "save_checkpoint", full)
     writer = CheckpointWriter(tmp_path, 1)
     writer.save(4, {}, {}, {})
     error = KeyError("the training's own")
@@ -183,7 +183,7 @@ def test_what_ended_a_training_comes_before_what_kept_its_checkpoint_from_the_di
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(dataset, tmp_path, monkeypatch) -> None:
-    original, steps = module.write_checkpoint, []
+    original, steps = module.save_checkpoint, []
 
     def slow(folder, step, *arguments, **options):
         deadline = time.monotonic() + 10
@@ -193,7 +193,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(dataset, tmp_path, monke
         assert step != 1 or len(steps) >= 2
         return original(folder, step, *arguments, **options)
 
-    monkeypatch.setattr(module, "write_checkpoint", slow)
+    monkeypatch.setattr(module, "save_checkpoint", slow)
     monkeypatch.setattr(MGFD, "after_step", lambda self: steps.append(1))
     train(make_stage(dataset, checkpoint_steps=1), dataset, tmp_path / "run")
     assert steps_of(tmp_path / "run") == [STEPS - 1, STEPS]

@@ -49,12 +49,6 @@ class AmcOptions(MotionOptions):
     Attributes:
         topology: Skeleton whose joints are picked, and put in order, by their names: its name, or a JSON file with `name`,
             `joints` and `parents`; empty: root and bones, which must be those of the first file in all.
-        units: Unit of the coordinates after scaling.
-        up_axis: Axis that points up in the world.
-        frames_per_second: Frame rate to keep, of which that of the files must be a whole multiple; none: every frame.
-        columns: Regular expression that is searched for in the file name; its named groups become text columns of the
-            clip, and a group `label` its class.
-        labels: Where classes come from: none, folder (the folder that a file lies in) or a CSV file of clip name and class.
         scale: What coordinates are multiplied by; none: 0.0254 / length of :units, which makes metres of the CMU database's
             numbers (inches times 0.45).
         recorded_at: Frames per second of files that do not say it: 120 in most of the CMU database.

@@ -50,14 +50,6 @@ class BvhOptions(MotionOptions):
     """What Biovision files do not say about themselves.
 
     Attributes:
-        topology: Skeleton whose joints are picked, and put in order, by their names: its name, or a JSON file with `name`,
-            `joints` and `parents`; empty: every joint of the files, which must all have those of the first.
-        units: Unit of the coordinates after scaling.
-        up_axis: Axis that points up in the world.
-        frames_per_second: Frame rate to keep, of which that of the file must be a whole multiple; none: every frame.
-        columns: Regular expression that is searched for in the file name; its named groups become text columns of the
-            clip, and a group `label` its class.
-        labels: Where classes come from: none, folder (the folder that a file lies in) or a CSV file of clip name and class.
         scale: What coordinates are multiplied by, 0.01 where they are centimetres and shall be metres.
         end_sites: Keep the End Sites of the hierarchy as joints, `<joint>_end`. They are left out otherwise.
         positions: What the position channels of a joint with an offset hold: add (its move from there), or replace (offset and

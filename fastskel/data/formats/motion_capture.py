@@ -61,7 +61,6 @@ class MotionOptions(LabelOptions):
         frames_per_second: Frame rate to keep, of which that of the file must be a whole multiple; none: every frame.
         columns: Regular expression that is searched for in the file name; its named groups become text columns of the
             clip, and a group `label` its class.
-        labels: Where classes come from: none, folder (the folder that a file lies in) or a CSV file of clip name and class.
     """
 
     topology: str = ""
