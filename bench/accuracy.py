@@ -26,7 +26,7 @@ from fastskel.data.normalise import NORMALISATIONS
 from fastskel.data.packed import PackedDataset, open_dataset
 from fastskel.data.protocols import split
 from fastskel.data.views import ViewSpec
-from fastskel.evaluate import LinearConfig, evaluate_knn, evaluate_linear
+from fastskel.evaluate import Evaluation, LinearConfig, evaluate_knn, evaluate_linear
 from fastskel.models.encoder import Encoder
 from fastskel.recipes import RECIPES
 from fastskel.train import load_encoder, pretrain, start
@@ -80,10 +80,12 @@ def measure(
     rows = []
     for protocol in tests:
         for name, encoder, view in contenders:
-            parts = split(dataset, protocol)
-            shared: dict[str, Any] = dict(protocol=protocol, run=str(run), cache=run / "features", progress=False)
-            knn = evaluate_knn(encoder, dataset, parts, view, **shared)
-            linear = evaluate_linear(encoder, dataset, parts, view, config=replace(PROBE, seed=seed), **shared)
+            evaluation = Evaluation(
+                encoder, dataset, split(dataset, protocol), view,
+                protocol=protocol, run=str(run), cache=run / "features", progress=False,
+            )  # fmt: skip
+            knn = evaluate_knn(evaluation)
+            linear = evaluate_linear(evaluation, config=replace(PROBE, seed=seed))
             rows.append(
                 {
                     "case": "accuracy", "data": dataset.source, "protocol": protocol, "features": name,

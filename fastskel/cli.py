@@ -6,7 +6,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,14 +14,11 @@ import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from fastskel.cli_bench import bench_commands
+from fastskel.cli_evaluate import Command, Data, Run, chosen_split, evaluate_commands
 from fastskel.cli_pack import convert, list_formats, pack_commands, unpack_commands
 from fastskel.cli_plan import plan_commands
 
 if TYPE_CHECKING:
-    from fastskel.data.packed import PackedDataset
-    from fastskel.data.protocols import Split
-    from fastskel.data.views import ViewSpec
-    from fastskel.models.encoder import Encoder
     from fastskel.recipes import USDRLRecipe
 
 __all__ = ["main"]
@@ -37,17 +34,14 @@ ABOUT = f"""usage: {PROG} COMMAND ...
   check DATA                    what is wrong with a packed data set
   plan RECIPE                   memory, time and traffic of a training before it starts
   pretrain RECIPE DATA          train an encoder
-  evaluate knn|linear RUN DATA  how good its features are
+  evaluate TASK RUN DATA        how good its features are
   export RUN --to usdrl         a checkpoint for the reference's scripts
   demo                          all of it, on synthetic motion
   bench SUITE                   how fast it is on this machine, against the published code
 
 {PROG} COMMAND --help says more, {PROG} --version which one this is."""
 
-Command = Callable[..., None]
-Data = Annotated[Positional[Path], arg(metavar="DATA")]
 Clip = Annotated[Positional[str], arg(metavar="CLIP")]
-Run = Annotated[Positional[Path], arg(metavar="RUN")]
 
 
 def info(data: Data, verify: bool = False) -> None:
@@ -120,17 +114,6 @@ def check(
         raise SystemExit(1)
 
 
-def _parts(dataset: PackedDataset, protocol: str | None, split_file: Path | None) -> tuple[str, Split] | None:
-    """Name and clips of the split that was asked for, if one was."""
-    from fastskel.data.protocols import split
-
-    if protocol is not None and split_file is not None:
-        raise ValueError(f"{PROG}: protocol or split_file must be given, got both. Leave one out.")
-    if protocol is not None:
-        return protocol, split(dataset, protocol)
-    return (split_file.stem, split(dataset, "", split_file)) if split_file is not None else None
-
-
 def _pretrain_command(name: str, make_recipe: Callable[[], USDRLRecipe]) -> Command:
     defaults = make_recipe()
 
@@ -157,7 +140,7 @@ def _pretrain_command(name: str, make_recipe: Callable[[], USDRLRecipe]) -> Comm
                 raise ValueError(f"pretrain: threads must be at least 1, got {threads}. Leave it out for all cores.")
             torch.set_num_threads(threads)
         dataset = open_dataset(data)
-        parts = _parts(dataset, protocol, split_file)
+        parts = chosen_split(dataset, protocol, split_file)
         stages = recipe.stages(dataset)
         if len(stages) != 1:
             raise ValueError(f"pretrain: recipe {name} must have one stage, got {len(stages)}. Several come later.")
@@ -189,135 +172,6 @@ def _pretrain_command(name: str, make_recipe: Callable[[], USDRLRecipe]) -> Comm
         recipe: Settings of the recipe {name}.
     """
     return pretrain
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """What every evaluation asks for.
-
-    Attributes:
-        protocol: Protocol of the data set, such as xsub; this or split_file is needed.
-        split_file: JSON file of clip names or numbers under train and test.
-        out: Folder for the results; by default one inside the run, or beside a published file.
-        device: cpu, cuda, or auto for a GPU where there is one.
-        precision: Compute type of the encoder.
-        average: Evaluate the running average of the weights that the run kept.
-        normalise: Normalise clips otherwise than the run did; published files do not say how, none is assumed.
-        modality: Stream of a published file, which does not record it; joint is assumed.
-        num_head: Attention heads of a published file; 1 is assumed.
-        gap: Gap of a published DSTE; 4 is assumed.
-        alpha: Branch weight of a published DSTE; 0.5 is assumed.
-        quiet: Show no progress bar.
-    """
-
-    protocol: str | None = None
-    split_file: Path | None = None
-    out: Path | None = None
-    device: str = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    average: bool = False
-    normalise: Literal["none", "center", "center-first", "align", "align-yaw"] | None = None
-    modality: Literal["joint", "bone", "motion"] | None = None
-    num_head: int | None = None
-    gap: int | None = None
-    alpha: float | None = None
-    quiet: bool = False
-
-
-def _encoder(run: Path, dataset: PackedDataset, options: EvaluateOptions) -> tuple[Encoder, ViewSpec]:
-    unrecorded = {k: getattr(options, k) for k in ("modality", "num_head", "gap", "alpha")}
-    given = {k: v for k, v in unrecorded.items() if v is not None}
-    if run.is_file():
-        from fastskel.compat.usdrl.checkpoint import load_published_encoder
-
-        if options.average:
-            raise ValueError(f"evaluate: average must be left out, {run} is a published file without one. Leave it out.")
-        return load_published_encoder(run, topology=dataset.topology, **given)
-    if given:
-        raise ValueError(f"evaluate: {', '.join(given)} must be left out, {run} records them. They are for published files.")
-    from fastskel.train import load_encoder
-
-    encoder, view, _ = load_encoder(run, average=options.average)
-    return encoder, view
-
-
-def _evaluate(task: str, run: Path, data: Path, options: EvaluateOptions, **settings: Any) -> None:
-    from fastskel.data.packed import open_dataset
-    from fastskel.data.protocols import protocols
-    from fastskel.evaluate import evaluate_knn, evaluate_linear
-    from fastskel.train import choose_device, trained_clips
-
-    dataset = open_dataset(data)
-    parts = _parts(dataset, options.protocol, options.split_file)
-    if parts is None:
-        known = ", ".join(protocols(dataset)) or "none"
-        raise ValueError(f"evaluate: protocol or split_file must be given, got neither. Protocols of {data}: {known}.")
-    encoder, view = _encoder(run, dataset, options)
-    if options.normalise is not None:
-        view = replace(view, normalise=options.normalise)
-    # a published file and a checkpoint are left as they are: results go beside the one, into the run of the other
-    base = base_run = run
-    if run.is_file():
-        base = run.with_name(f"{run.name}-results")
-    elif run.resolve().parent.name == "checkpoints":
-        base_run = run.resolve().parents[1]
-        base = base_run / f"{run.resolve().name}-results"
-    # other settings, other folder
-    shown = [f"k{settings['k']}"] if settings.get("k", 1) != 1 else []
-    shown += [options.precision] if options.precision != "fp32" else []
-    shown += ["average"] if options.average else []
-    shown += [value for value in (options.normalise, options.modality) if value is not None]
-    folder = options.out or base / "-".join([task, parts[0], data.resolve().name, *shown])
-    result = (evaluate_knn if task == "knn" else evaluate_linear)(
-        encoder, dataset, parts[1], view, folder, protocol=parts[0], run=str(run), cache=base / "features",
-        device=choose_device(options.device), precision=options.precision, progress=not options.quiet,
-        trained_on=None if run.is_file() else trained_clips(base_run, dataset), **settings,
-    )  # fmt: skip
-    if result["test_clips_trained_on"]:
-        print(
-            f"warning: {result['test_clips_trained_on']} of {result['num_test']} test clips were trained on, without their "
-            f"labels; pretrain with --protocol {parts[0]} to keep them apart",
-            file=sys.stderr,
-        )
-    row = "  ".join(f"{name} {100 * result[name]:.1f} %" for name in ("top1", "top5", "mean_class"))
-    print(f"{row}   ({result['num_train']} train, {result['num_test']} test clips; {folder})")
-
-
-def knn(run: Run, data: Data, k: int = 1, common: EvaluateOptions = EvaluateOptions()) -> None:
-    """Classify test clips by their nearest training clips.
-
-    Args:
-        run: Run folder, native checkpoint folder, or published .pth.tar.
-        data: Packed data set.
-        k: Neighbours that vote.
-        common: What every evaluation takes.
-    """
-    _evaluate("knn", run, data, common, k=k)
-
-
-def linear(
-    run: Run,
-    data: Data,
-    learning_rate: float | None = None,
-    epochs: int = 160,
-    seed: int = 0,
-    common: EvaluateOptions = EvaluateOptions(),
-) -> None:
-    """Train a linear layer on frozen features and classify the test clips.
-
-    Args:
-        run: Run folder, native checkpoint folder, or published .pth.tar.
-        data: Packed data set.
-        learning_rate: Step size on features as they are; by default it and standardisation are chosen on held-out clips.
-        epochs: Passes over the training features.
-        seed: Key of the probe's start and of its order.
-        common: What every evaluation takes.
-    """
-    from fastskel.evaluate import LinearConfig
-
-    standardise = None if learning_rate is None else False
-    config = LinearConfig(learning_rate=learning_rate, standardise=standardise, epochs=epochs, seed=seed)
-    _evaluate("linear", run, data, common, config=config)
 
 
 def export(run: Run, to: Literal["usdrl"] = "usdrl", out: Path | None = None) -> None:
@@ -362,7 +216,7 @@ COMMANDS: Mapping[str, Command | tuple[str, Callable[[], dict[str, Command]]]] =
     "check": check,
     "plan": ("RECIPE", plan_commands),
     "pretrain": ("RECIPE", _pretrain_commands),
-    "evaluate": ("TASK", lambda: {"knn": knn, "linear": linear}),
+    "evaluate": ("TASK", evaluate_commands),
     "export": export,
     "demo": demo,
     "bench": ("SUITE", bench_commands),

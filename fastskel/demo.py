@@ -13,7 +13,7 @@ import numpy as np
 from fastskel.data.inspect import show
 from fastskel.data.protocols import split
 from fastskel.data.synthetic import make_synthetic
-from fastskel.evaluate import LinearConfig, evaluate_knn, evaluate_linear, split_features
+from fastskel.evaluate import Evaluation, LinearConfig, evaluate_knn, evaluate_linear
 from fastskel.evaluate.report import curves_figure, embedding_figure, write_results
 from fastskel.models.encoder import Encoder
 from fastskel.recipes import RECIPES
@@ -77,12 +77,14 @@ def run_demo(out: str | os.PathLike[str], *, seed: int = 0, quick: bool = False)
     rows: dict[str, dict[str, float]] = {}
     features = {}
     for name, contender in contenders.items():
-        shared: dict[str, Any] = dict(protocol=PROTOCOL, run=str(run), cache=folder / "features", progress=False)
+        evaluation = Evaluation(
+            contender, dataset, parts, view, protocol=PROTOCOL, run=str(run), cache=folder / "features", progress=False
+        )
         target = folder / "results" / name.replace(" ", "-")
-        knn = evaluate_knn(contender, dataset, parts, view, target / "knn", **shared)
-        linear = evaluate_linear(contender, dataset, parts, view, target / "linear", config=probe, **shared)
+        knn = evaluate_knn(evaluation, target / "knn")
+        linear = evaluate_linear(evaluation, target / "linear", config=probe)
         rows[name] = {"knn": knn["top1"], "linear": linear["top1"]}
-        _, test = split_features(contender, dataset, parts, view, cache=folder / "features", progress=False)
+        _, test = evaluation.features()
         features[name] = (test.features, test.labels)
 
     print("4/4  drawing")

@@ -35,6 +35,7 @@ LAYERS = {
     "fastskel.demo": 7,
     "fastskel.cli_pack": 7,
     "fastskel.cli_bench": 8,
+    "fastskel.cli_evaluate": 8,
     "fastskel.cli_plan": 8,
     "fastskel.cli": 9,
     "fastskel.__main__": 10,

@@ -15,7 +15,7 @@ import torch
 from fastskel.data.protocols import split
 from fastskel.data.synthetic import make_synthetic
 from fastskel.data.views import eval_view
-from fastskel.evaluate import LinearConfig, accuracy, evaluate_knn, evaluate_linear, knn_predict, split_features
+from fastskel.evaluate import Evaluation, LinearConfig, accuracy, evaluate_knn, evaluate_linear, knn_predict
 from fastskel.evaluate.features import feature_key
 from fastskel.models.encoder import ENCODERS
 
@@ -24,12 +24,12 @@ SPLIT = SimpleNamespace(train=np.arange(9), test=np.arange(9, 17))
 CONFIG = LinearConfig(epochs=20, learning_rate=0.1, milestones=(15,))
 
 
-def _knn(encoder, dataset, split=SPLIT, out=None, **options):
-    return evaluate_knn(encoder, dataset, split, VIEW, out, progress=False, **options)
+def _knn(encoder, dataset, split=SPLIT, out=None, k=1, **options):
+    return evaluate_knn(Evaluation(encoder, dataset, split, VIEW, progress=False, **options), out, k=k)
 
 
 def _linear(encoder, dataset, split=SPLIT, out=None, **options):
-    return evaluate_linear(encoder, dataset, split, VIEW, out, config=CONFIG, progress=False, **options)
+    return evaluate_linear(Evaluation(encoder, dataset, split, VIEW, progress=False, **options), out, config=CONFIG)
 
 
 @pytest.mark.parametrize("evaluate", [_knn, _linear], ids=["knn", "linear"])
@@ -122,17 +122,18 @@ def test_packed_data_and_a_real_encoder(tmp_path: Path) -> None:
     options = {"protocol": "xsub", "progress": False, "num_threads": 2}
     results = []
     for number in range(2):
-        result = evaluate_knn(encoder, dataset, parts, view, out, cache=cache, batch_size=5 + number, **options)
+        evaluation = Evaluation(encoder, dataset, parts, view, cache=cache, batch_size=5 + number, **options)
+        result = evaluate_knn(evaluation, out)
         assert (result["num_train"], result["num_test"]) == (len(parts.train), len(parts.test))
         assert result["num_features"] == 64
         assert len(list(cache.iterdir())) == 2
         results.append(result)
     assert results[0] == results[1]
     # an untrained encoder promises no accuracy: only that these are the neighbours of its features
-    train, test = split_features(encoder, dataset, parts, view, progress=False)
+    train, test = Evaluation(encoder, dataset, parts, view, progress=False).features()
     predictions = knn_predict(train.features, train.labels, test.features)
     assert result["top1"] == accuracy(predictions, test.labels)
-    raw = evaluate_linear(None, dataset, parts, view, config=CONFIG, **options)
+    raw = evaluate_linear(Evaluation(None, dataset, parts, view, **options), config=CONFIG)
     assert raw["num_features"] == 16 * 25 * 3
 
 

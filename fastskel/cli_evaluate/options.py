@@ -1,0 +1,153 @@
+"""What every evaluation is asked on the command line, and the evaluation that the answers describe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+if TYPE_CHECKING:
+    from fastskel.data.packed import PackedDataset
+    from fastskel.data.protocols import Split
+    from fastskel.data.views import ViewSpec
+    from fastskel.evaluate import Evaluation
+    from fastskel.models.encoder import Encoder
+
+__all__ = ["Command", "Data", "EvaluateOptions", "Run", "chosen_split", "prepare", "say", "warn_if_seen"]
+
+Command = Callable[..., None]
+Data = Annotated[Positional[Path], arg(metavar="DATA")]
+Run = Annotated[Positional[Path], arg(metavar="RUN")]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What every evaluation asks for.
+
+    Attributes:
+        protocol: Protocol of the data set, such as xsub; this or split_file is needed.
+        split_file: JSON file of clip names or numbers under train and test.
+        out: Folder for the results; by default one inside the run, or beside a published file.
+        device: cpu, cuda, or auto for a GPU where there is one.
+        precision: Compute type of the encoder.
+        average: Evaluate the running average of the weights that the run kept.
+        normalise: Normalise clips otherwise than the run did; published files do not say how, none is assumed.
+        modality: Stream of a published file, which does not record it; joint is assumed.
+        num_head: Attention heads of a published file; 1 is assumed.
+        gap: Gap of a published DSTE; 4 is assumed.
+        alpha: Branch weight of a published DSTE; 0.5 is assumed.
+        quiet: Show no progress bar.
+    """
+
+    protocol: str | None = None
+    split_file: Path | None = None
+    out: Path | None = None
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    average: bool = False
+    normalise: Literal["none", "center", "center-first", "align", "align-yaw"] | None = None
+    modality: Literal["joint", "bone", "motion"] | None = None
+    num_head: int | None = None
+    gap: int | None = None
+    alpha: float | None = None
+    quiet: bool = False
+
+
+def chosen_split(dataset: PackedDataset, protocol: str | None, split_file: Path | None) -> tuple[str, Split] | None:
+    """Name and clips (N,) of the split that was asked for, if one was.
+
+    Raises:
+        ValueError: If both are given.
+    """
+    from fastskel.data.protocols import split
+
+    if protocol is not None and split_file is not None:
+        raise ValueError("fastskel: protocol or split_file must be given, got both. Leave one out.")
+    if protocol is not None:
+        return protocol, split(dataset, protocol)
+    return (split_file.stem, split(dataset, "", split_file)) if split_file is not None else None
+
+
+def _encoder(run: Path, dataset: PackedDataset, options: EvaluateOptions) -> tuple[Encoder, ViewSpec]:
+    unrecorded = {k: getattr(options, k) for k in ("modality", "num_head", "gap", "alpha")}
+    given = {k: v for k, v in unrecorded.items() if v is not None}
+    if run.is_file():
+        from fastskel.compat.usdrl.checkpoint import load_published_encoder
+
+        if options.average:
+            raise ValueError(f"evaluate: average must be left out, {run} is a published file without one. Leave it out.")
+        return load_published_encoder(run, topology=dataset.topology, **given)
+    if given:
+        raise ValueError(f"evaluate: {', '.join(given)} must be left out, {run} records them. They are for published files.")
+    from fastskel.train import load_encoder
+
+    encoder, view, _ = load_encoder(run, average=options.average)
+    return encoder, view
+
+
+def prepare(task: str, run: Path, data: Path, options: EvaluateOptions, shown: Sequence[str] = ()) -> tuple[Evaluation, Path]:
+    """Open data and encoder, and choose the folder of the results.
+
+    Args:
+        task: Its name.
+        run: Run folder, native checkpoint folder, or published .pth.tar.
+        data: Packed data set.
+        options: What every evaluation asks for.
+        shown: Settings of the task that tell its folder from those of others.
+    Returns:
+        The evaluation of clips (N, T, M, V, C), and the folder.
+    Raises:
+        ValueError: On options that do not go together, or without a split.
+    """
+    from fastskel.data.packed import open_dataset
+    from fastskel.data.protocols import protocols
+    from fastskel.evaluate import Evaluation
+    from fastskel.train import choose_device, trained_clips
+
+    dataset = open_dataset(data)
+    parts = chosen_split(dataset, options.protocol, options.split_file)
+    if parts is None:
+        known = ", ".join(protocols(dataset)) or "none"
+        raise ValueError(f"evaluate: protocol or split_file must be given, got neither. Protocols of {data}: {known}.")
+    encoder, view = _encoder(run, dataset, options)
+    if options.normalise is not None:
+        view = replace(view, normalise=options.normalise)
+    # a published file and a checkpoint are left as they are: results go beside the one, into the run of the other
+    base = base_run = run
+    if run.is_file():
+        base = run.with_name(f"{run.name}-results")
+    elif run.resolve().parent.name == "checkpoints":
+        base_run = run.resolve().parents[1]
+        base = base_run / f"{run.resolve().name}-results"
+    # other settings, other folder
+    extra = [options.precision] if options.precision != "fp32" else []
+    extra += ["average"] if options.average else []
+    extra += [value for value in (options.normalise, options.modality) if value is not None]
+    folder = options.out or base / "-".join([task, parts[0], data.resolve().name, *shown, *extra])
+    evaluation = Evaluation(
+        encoder, dataset, parts[1], view, protocol=parts[0], run=str(run), cache=base / "features",
+        device=choose_device(options.device), precision=options.precision, progress=not options.quiet,
+        trained_on=None if run.is_file() else trained_clips(base_run, dataset),
+    )  # fmt: skip
+    return evaluation, folder
+
+
+def warn_if_seen(result: Mapping[str, Any]) -> None:
+    """Say on standard error how many of the (N,) test clips were trained on without their labels."""
+    if result["test_clips_trained_on"]:
+        print(
+            f"warning: {result['test_clips_trained_on']} of {result['num_test']} test clips were trained on, without their "
+            f"labels; pretrain with --protocol {result['protocol']} to keep them apart",
+            file=sys.stderr,
+        )
+
+
+def say(result: Mapping[str, Any], folder: Path, names: Sequence[str] = ("top1", "top5", "mean_class")) -> None:
+    """Print results that are fractions of one, () each, in percent, in one line with what they are of."""
+    warn_if_seen(result)
+    row = "  ".join(f"{name} {100 * result[name]:.1f} %" for name in names)
+    print(f"{row}   ({result['num_train']} train, {result['num_test']} test clips; {folder})")

@@ -1,0 +1,175 @@
+"""What every evaluation is given, and what every result records; the tasks are registered here by name."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastskel.data.identity import dataset_identity
+from fastskel.data.packed import PackedDataset
+from fastskel.data.protocols import Split
+from fastskel.data.views import ViewSpec
+from fastskel.evaluate.features import FeatureSet, dataset_features, raw_features
+from fastskel.evaluate.report import confusion_csv, confusion_figure, write_results
+from fastskel.models.encoder import Encoder
+from fastskel.provenance import provenance
+from fastskel.registry import Registry
+
+__all__ = ["TASKS", "Evaluation", "Task", "write_confusion"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An encoder, the clips it is tried on, and how its features are computed.
+
+    Attributes:
+        encoder: Encoder, or None for the raw coordinates (N, T*M*V*C).
+        dataset: Packed data set; clips labelled -1 are left out and counted.
+        split: Clips to train and to test on.
+        view: View to encode.
+        protocol: Name of the split, for the record.
+        run: Where the encoder comes from, for the record.
+        batch_size: Clips per forward pass.
+        device: Where encoder and classifiers run.
+        num_threads: Threads of the loader.
+        cache: Folder for cached features; None: no cache. Raw coordinates are not cached.
+        precision: "fp32" or "bf16", of the encoder.
+        progress: Show progress bars.
+        trained_on: Clips that the encoder was trained on, (n,), to count those of the test among them; None: not known.
+    """
+
+    encoder: Encoder | None
+    dataset: PackedDataset
+    split: Split
+    view: ViewSpec
+    protocol: str | None = None
+    run: str | None = None
+    batch_size: int = 256
+    device: torch.device | str = "cpu"
+    num_threads: int = 1
+    cache: str | os.PathLike[str] | None = None
+    precision: str = "fp32"
+    progress: bool = True
+    trained_on: NDArray[np.int64] | None = None
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the K classes; their numbers where the data set does not name them."""
+        count = int(np.max(self.dataset.labels, initial=-1)) + 1
+        return self.dataset.class_names or [f"class {number}" for number in range(count)]
+
+    @property
+    def encoder_name(self) -> str:
+        """What the features come from."""
+        return "raw coordinates" if self.encoder is None else type(self.encoder).__name__
+
+    def known(self, part: Literal["train", "test"]) -> NDArray[np.int64]:
+        """Labelled clips of a part of the split, (N,).
+
+        Raises:
+            ValueError: If there are none.
+        """
+        indices = np.asarray(getattr(self.split, part), dtype=np.int64)
+        known = indices[np.asarray(self.dataset.labels)[indices] >= 0]
+        if known.size == 0:
+            raise ValueError(
+                f"evaluate: the {part} split of {self.dataset.path} must have labelled clips, got {indices.size} clips, none "
+                "labelled. Check the protocol and the labels."
+            )
+        return known
+
+    def features_of(self, indices: NDArray[np.int64]) -> FeatureSet:
+        """Features (N, F) of clips (N,), labelled or not, from the cache where they are."""
+        if self.encoder is None:
+            return raw_features(
+                self.dataset, self.view, indices,
+                batch_size=self.batch_size, num_threads=self.num_threads, progress=self.progress,
+            )  # fmt: skip
+        return dataset_features(
+            self.encoder, self.dataset, self.view, indices, batch_size=self.batch_size, device=self.device,
+            num_threads=self.num_threads, cache=self.cache, precision=self.precision, progress=self.progress,
+        )  # fmt: skip
+
+    def features(self) -> tuple[FeatureSet, FeatureSet]:
+        """Features of the labelled clips of training and test part, (N, F) each.
+
+        Raises:
+            ValueError: If a part has no labelled clip.
+        """
+        train, test = self.known("train"), self.known("test")
+        return self.features_of(train), self.features_of(test)
+
+    def groups(self, index: Tensor, column: str = "subject") -> Tensor | None:
+        """Number the values that a per-clip column has for clips (N,); None where the data set has no such column."""
+        if column not in self.dataset.columns or self.dataset.per_frame(column):
+            return None
+        values = np.asarray(self.dataset.columns[column])[index.numpy()]
+        return torch.from_numpy(np.unique(values, return_inverse=True)[1].reshape(-1))
+
+    def record(self, task: str, train: Tensor, test: Tensor) -> dict[str, Any]:
+        """Say what was evaluated, on which training and test clips, (N,) each, and by which versions."""
+        seen = None if self.trained_on is None else int(np.isin(test.numpy(), self.trained_on).sum())
+        raw = self.view.frames * math.prod(self.dataset.frames.shape[1:])
+        return {
+            "task": task,
+            "protocol": self.protocol,
+            "run": self.run,
+            "encoder": self.encoder_name,
+            "num_features": raw if self.encoder is None else self.encoder.num_features,
+            "num_train": len(train),
+            "num_test": len(test),
+            "dropped_train": len(self.split.train) - len(train),
+            "dropped_test": len(self.split.test) - len(test),
+            "test_clips_trained_on": seen,
+            "num_classes": len(self.class_names),
+            "precision": self.precision,
+            "view": repr(self.view),
+            "dataset": {
+                "path": str(self.dataset.path),
+                "source": self.dataset.meta.get("source"),
+                "num_clips": len(self.dataset),
+                "sha256": dataset_identity(self.dataset),
+            },
+            **provenance(),
+        }
+
+    def title(self, task: str) -> str:
+        """Head of a picture: task, encoder, data set and protocol."""
+        source = str(self.dataset.meta.get("source") or self.dataset.path.name)
+        return f"{task}, {self.encoder_name}, {' '.join(part for part in (source, self.protocol) if part)}"
+
+
+def write_confusion(
+    out: str | os.PathLike[str], results: dict[str, Any], confusion: Tensor, class_names: Sequence[str], title: str
+) -> None:
+    """Write confusion.csv and confusion.png of counts (K, K), then results.json: a folder with results is complete."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    confusion_csv(folder / "confusion.csv", confusion, class_names)
+    confusion_figure(folder / "confusion.png", confusion, class_names, title)
+    write_results(folder / "results.json", results)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A downstream task.
+
+    Attributes:
+        run: Called with an `Evaluation`, a folder for results or None, and settings; returns the results.
+        needs: The `Features` that it reads, besides those that every encoder has.
+    """
+
+    run: Callable[..., dict[str, Any]]
+    needs: tuple[str, ...] = ("pooled",)
+
+
+TASKS: Registry[Task] = Registry("task")
