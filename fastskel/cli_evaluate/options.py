@@ -124,7 +124,7 @@ def prepare(task: str, run: Path, data: Path, options: EvaluateOptions, shown: S
         base_run = run.resolve().parents[1]
         base = base_run / f"{run.resolve().name}-results"
     # other settings, other folder
-    extra = [options.precision] if options.precision != "fp32" else []
+    extra: list[str] = [options.precision] if options.precision != "fp32" else []
     extra += ["average"] if options.average else []
     extra += [value for value in (options.normalise, options.modality) if value is not None]
     folder = options.out or base / "-".join([task, parts[0], data.resolve().name, *shown, *extra])
