@@ -8,14 +8,13 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastskel.data.batch import Batch
 from fastskel.data.loader import Loader, num_chunks
@@ -23,14 +22,15 @@ from fastskel.data.packed import PackedDataset
 from fastskel.dist import exchange, rank_and_world
 from fastskel.models.encoder import ENCODERS, Encoder
 from fastskel.objectives.objective import OBJECTIVES, Objective
-from fastskel.train.checkpoint import Checkpoint, load_weights, newest, read_checkpoint, weights
+from fastskel.train.checkpoint import Checkpoint, newest, read_checkpoint
 from fastskel.train.checkpoint_writer import CheckpointWriter
 from fastskel.train.chunked import Gradients, Outcome, choose_gradients
 from fastskel.train.heartbeat import Heartbeat
-from fastskel.train.optimiser import Average, build_optimizer, learning_rate
+from fastskel.train.optimiser import Average, build_optimizer
 from fastskel.train.preemption import Preempted, StopRequest, stop_on_signals
 from fastskel.train.processes import TrainingStopped, check_alike, on_first, processes
 from fastskel.train.record import create_record, has_record, note_resumed, origin, resume_record, run_identity
+from fastskel.train.run import Run
 from fastskel.train.runlog import RunLog
 from fastskel.train.stage import Stage, describe
 from fastskel.train.watch import Watch, figures_of
@@ -42,132 +42,6 @@ COLLAPSED_DEVIATION = 1e-5
 
 # called at the end of each epoch with (encoder in eval mode, epoch); returns named figures for the log
 Monitor = Callable[[Encoder, int], Mapping[str, float]]
-
-
-@dataclass
-class _Run:
-    """What moves during a training."""
-
-    stage: Stage
-    encoder: Encoder
-    objective: Objective
-    optimizer: torch.optim.Optimizer
-    loader: Loader
-    step: int = 0
-    average: Average | None = None
-    # figure, value and step of the best checkpoint
-    best: dict[str, Any] | None = None
-    # the last checkpoint
-    saved: Path | None = None
-    # what a checkpoint is read into comes first, then the processes share it
-    gradients: Gradients = field(init=False)
-
-    @property
-    def total_steps(self) -> int:
-        return self.stage.epochs * len(self.loader)
-
-    @property
-    def chunk(self) -> int | None:
-        """Most samples that this process takes at a time."""
-        return None if self.stage.chunk is None else self.stage.chunk // self.loader.world_size
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        kept = {"average": self.average.encoder} if self.average is not None else {}
-        return {"encoder": self.encoder, "objective": self.objective, **kept}
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the step that is next, or is being taken."""
-        return learning_rate(self.stage, self.loader.epoch, self.step, self.total_steps)
-
-    def parameter_names(self) -> list[str]:
-        names = {id(p): f"{m}.{n}" for m, module in self.modules.items() for n, p in module.named_parameters()}
-        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        state = self.optimizer.state_dict()["state"]
-        return {
-            f"{n}/{kind}": v
-            for i, n in enumerate(self.parameter_names())
-            if i in state
-            for kind, v in state[i].items()
-            if isinstance(v, Tensor)
-        }
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        names = {name: number for number, name in enumerate(self.parameter_names())}
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in checkpoint.optimizer.items():
-            name, kind = key.rsplit("/", 1)
-            if name not in names:
-                raise ValueError(
-                    f"pretrain: {checkpoint.path} must hold the optimiser of this model, got {name!r}. Use its own config."
-                )
-            state.setdefault(names[name], {})[kind] = value
-        expected = names.keys() - set(checkpoint.state.get("unmoved", [])) if checkpoint.state["step"] else set()
-        lacking = sorted(name for name in expected if names[name] not in state)
-        if lacking:
-            raise ValueError(
-                f"pretrain: {checkpoint.path} must hold the optimiser of every parameter, got none for {lacking[:3]}. "
-                "Use another checkpoint."
-            )
-        load_weights(self.modules, checkpoint.model, checkpoint.path)
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.loader.load_state_dict(self._own_position(checkpoint))
-        self.step, self.best = checkpoint.state["step"], checkpoint.state.get("best")
-        self.saved = checkpoint.path
-
-    def _own_position(self, checkpoint: Checkpoint) -> dict[str, int]:
-        """Where the loader of any number of processes stood, for this one: positions count batches of all processes."""
-        stored, own = checkpoint.state["loader"], self.loader
-        if stored["batch_size"] * stored["world_size"] != self.stage.batch_size:
-            raise ValueError(
-                f"pretrain: {checkpoint.path} must have the stage's batch_size {self.stage.batch_size}, got "
-                f"{stored['batch_size']} in each of {stored['world_size']} processes. Use its own config."
-            )
-        return {**stored, "batch_size": own.batch_size, "world_size": own.world_size}
-
-    def save(self, writer: CheckpointWriter) -> Path:
-        # of the next step: the loader's own epoch turns only when it is asked for the next batch
-        stage, position = self.stage, self.loader.state_dict()
-        lr = learning_rate(stage, position["epoch"], self.step, self.total_steps)
-        if not all(bool(value.isfinite().all()) for value in weights(self.modules).values()):
-            raise TrainingStopped(
-                f"pretrain: weights must stay finite, got others after step {self.step - 1}; they were not saved. "
-                + _advice(self, lr)
-            )
-        moments = self.optimizer_tensors()
-        state = {
-            "encoder": {"name": stage.encoder, "config": self.encoder.config},
-            "objective": {"name": stage.objective, "options": stage.objective_options},
-            "optimizer": {"name": stage.optimizer, "lr": lr, "weight_decay": stage.weight_decay},
-            "eval_view": stage.eval_view,
-            "topology": self.loader.dataset.topology.name,
-            "loader": position,
-            "epoch": position["epoch"],
-            "total_steps": self.total_steps,
-            "best": self.best,
-            # parameters that no step has given a gradient yet
-            "unmoved": sorted(set(self.parameter_names()) - {key.rsplit("/", 1)[0] for key in moments}),
-        }
-        return writer.save(self.step, weights(self.modules), moments, state)
-
-    def is_best(self, figures: Mapping[str, float], step: int) -> bool:
-        """Whether this epoch's figures are better than any before; remembers them if so."""
-        name = self.stage.keep_best.removeprefix("-")
-        if name not in figures:
-            raise ValueError(f"pretrain: keep_best must be one of the monitors' {sorted(figures)}, got {name!r}. Name one.")
-        sign = -1 if self.stage.keep_best.startswith("-") else 1
-        before = self.best if self.best is not None and self.best["figure"] == self.stage.keep_best else None
-        # written so that NaN is never best
-        if not (before is None or sign * figures[name] > sign * before["value"]) or math.isnan(figures[name]):
-            return False
-        self.best = {"figure": self.stage.keep_best, "value": figures[name], "step": step}
-        return True
 
 
 def start(stage: Stage) -> tuple[Encoder, Objective]:
@@ -185,7 +59,7 @@ def start(stage: Stage) -> tuple[Encoder, Objective]:
     return encoder, objective
 
 
-def _build(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | None, device: torch.device) -> _Run:
+def _build(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | None, device: torch.device) -> Run:
     rank, world = rank_and_world()
     for name, value in {"batch_size": stage.batch_size, "chunk": stage.chunk or 0}.items():
         if value % world:
@@ -202,10 +76,10 @@ def _build(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | No
         dataset, views=objective.views, batch_size=stage.batch_size // world, seed=stage.seed, num_threads=stage.num_threads,
         indices=indices, rank=rank, world_size=world, device=device,
     )  # fmt: skip
-    return _Run(stage, encoder, objective, optimizer, loader, average=average)
+    return Run(stage, encoder, objective, optimizer, loader, average=average)
 
 
-def _choose_gradients(run: _Run, device: torch.device) -> Gradients:
+def _choose_gradients(run: Run, device: torch.device) -> Gradients:
     rows = run.loader.batch_size
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=run.stage.precision == "bf16")
     return choose_gradients(
@@ -214,7 +88,7 @@ def _choose_gradients(run: _Run, device: torch.device) -> Gradients:
     )  # fmt: skip
 
 
-def _train_step(run: _Run, passes: Sequence[Iterator[Batch]], progress: float, watch: Watch) -> Outcome:
+def _train_step(run: Run, passes: Sequence[Iterator[Batch]], progress: float, watch: Watch) -> Outcome:
     """Take the gradient of a batch of (N, T, M, V, C) views; return what was found out."""
     for group in run.optimizer.param_groups:
         group["lr"] = run.lr
@@ -222,7 +96,7 @@ def _train_step(run: _Run, passes: Sequence[Iterator[Batch]], progress: float, w
     return run.gradients([(part.at(run.stage.seed, run.step) for part in watch.waits(each)) for each in passes], progress)
 
 
-def _clip(run: _Run) -> Tensor:
+def _clip(run: Run) -> Tensor:
     """Shorten the gradient to the stage's norm, if it has one; return how long it was, ()."""
     parameters = run.parameters()
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -231,15 +105,7 @@ def _clip(run: _Run) -> Tensor:
     return norm
 
 
-def _advice(run: _Run, lr: float) -> str:
-    return f"Start a new run with a lower lr (now {lr:g}), in fp32, or with a larger batch; {_before(run)}."
-
-
-def _before(run: _Run) -> str:
-    return "no checkpoint was written" if run.saved is None else f"the last good checkpoint is {run.saved}"
-
-
-def _spoilt(run: _Run, batch: Batch) -> Tensor:
+def _spoilt(run: Run, batch: Batch) -> Tensor:
     """Mark the samples, (N,), of which a view is not finite."""
     chunks = torch.split(batch.index, run.chunk or len(batch))
     # views of a batch in chunks are gone, and made again
@@ -248,13 +114,13 @@ def _spoilt(run: _Run, batch: Batch) -> Tensor:
     return ~torch.cat(list(whole))
 
 
-def _check(figures: Mapping[str, float], run: _Run, batch: Batch, lr: float) -> None:
+def _check(figures: Mapping[str, float], run: Run, batch: Batch, lr: float) -> None:
     # first: cross-correlations of equal embeddings divide by their deviation, so a collapse may show as NaN
     if figures["embedding_std"] < COLLAPSED_DEVIATION:
         raise TrainingStopped(
             f"pretrain: embeddings must differ between samples, got mean deviation {figures['embedding_std']:.2g} at step "
             f"{run.step}: collapsed. Check that the clips differ; start a new run with a lower lr (now {lr:g}) or a larger "
-            f"batch; {_before(run)}."
+            f"batch; {run.last_good()}."
         )
     bad = [name for name, value in figures.items() if not math.isfinite(value)]
     if bad:
@@ -265,11 +131,11 @@ def _check(figures: Mapping[str, float], run: _Run, batch: Batch, lr: float) -> 
         raise TrainingStopped(
             f"pretrain: the loss and its gradient must stay finite, got {figures['loss']} at step {run.step} "
             f"(not finite: {', '.join(bad)}). "
-            + (f"The clips {names[:3]} hold NaN or infinity: pack the data anew." if names else _advice(run, lr))
+            + (f"The clips {names[:3]} hold NaN or infinity: pack the data anew." if names else run.advice(lr))
         )
 
 
-def _monitored(run: _Run, monitors: Sequence[Monitor], epoch: int) -> dict[str, float]:
+def _monitored(run: Run, monitors: Sequence[Monitor], epoch: int) -> dict[str, float]:
     encoder = run.objective.downstream_encoder(run.encoder)
     training = encoder.training
     encoder.eval()
@@ -278,7 +144,7 @@ def _monitored(run: _Run, monitors: Sequence[Monitor], epoch: int) -> dict[str, 
     return figures
 
 
-def _saved(run: _Run, writer: CheckpointWriter | None, log: RunLog | None, complete: bool) -> Path:
+def _saved(run: Run, writer: CheckpointWriter | None, log: RunLog | None, complete: bool) -> Path:
     assert log is not None and writer is not None
     log.sync()
     path = run.save(writer)
@@ -288,7 +154,7 @@ def _saved(run: _Run, writer: CheckpointWriter | None, log: RunLog | None, compl
 
 
 def _train(
-    run: _Run,
+    run: Run,
     writer: CheckpointWriter | None,
     monitors: Sequence[Monitor],
     log: RunLog | None,
