@@ -77,15 +77,15 @@ def _quick(device: str) -> list[Case]:
              ("--parts", "forward", *tiny)),
         Case("encoder-training", "encoder", "encoder", ("--parts", "train", "--batch", "4", *encoder), 60.0,
              ("--parts", "train", *tiny)),
-        Case("loss", "loss", "loss", ("--rows", "64", "356", "--rounds", "3", "--limit", "6", *on), 75.0,
+        Case("loss", "loss", "loss", ("--rows", "356", "--rounds", "5", "--limit", "30", *on), 75.0,
              ("--rows", "6", "--rounds", "1", *tiny)),
         Case("loader", "loader", "loader", ("--parts", "speed", "--rounds", "5", "--clips", "800", "--limit", "15"), 40.0,
              ("--parts", "speed", "--rounds", "1", "--clips", "10", "--quick")),
         Case("step", "step", "training",
-             ("--parts", "step", "--batch", "16", "--width", "256", "--rounds", "7", "--limit", "10", *two, *on), 60.0,
+             ("--parts", "step", "--batch", "16", "--width", "256", "--rounds", "7", "--limit", "14", *two, *on), 60.0,
              ("--parts", "step", *tiny)),
         Case("job", "job", "job",
-             ("--batch", "16", "--width", "128", "--rounds", "3", "--limit-s", "10", "--distinct", "400", *two, *on), 60.0, tiny),
+             ("--batch", "16", "--width", "128", "--rounds", "5", "--limit-s", "14", "--distinct", "400", *two, *on), 60.0, tiny),
     ]  # fmt: skip
 
 
