@@ -17,6 +17,7 @@ from fastskel.cli_bench import bench_commands
 from fastskel.cli_evaluate import Command, Data, Run, chosen_split, evaluate_commands
 from fastskel.cli_pack import convert, list_formats, pack_commands, unpack_commands
 from fastskel.cli_plan import plan_commands
+from fastskel.cli_report import report
 
 if TYPE_CHECKING:
     from fastskel.recipes import USDRLRecipe
@@ -35,6 +36,7 @@ ABOUT = f"""usage: {PROG} COMMAND ...
   plan RECIPE                   memory, time and traffic of a training before it starts
   pretrain RECIPE DATA          train an encoder
   evaluate TASK RUN DATA        how good its features are
+  report RUN                    all that is known of a run, as one page
   export RUN --to usdrl         a checkpoint for the reference's scripts
   demo                          all of it, on synthetic motion
   bench SUITE                   how fast it is on this machine, against the published code
@@ -217,6 +219,7 @@ COMMANDS: Mapping[str, Command | tuple[str, Callable[[], dict[str, Command]]]] =
     "plan": ("RECIPE", plan_commands),
     "pretrain": ("RECIPE", _pretrain_commands),
     "evaluate": ("TASK", evaluate_commands),
+    "report": report,
     "export": export,
     "demo": demo,
     "bench": ("SUITE", bench_commands),

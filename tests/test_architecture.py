@@ -33,10 +33,12 @@ LAYERS = {
     "fastskel.compat": 6,
     "fastskel.bench": 7,
     "fastskel.demo": 7,
+    "fastskel.report": 7,
     "fastskel.cli_pack": 7,
     "fastskel.cli_bench": 8,
     "fastskel.cli_evaluate": 8,
     "fastskel.cli_plan": 8,
+    "fastskel.cli_report": 8,
     "fastskel.cli": 9,
     "fastskel.__main__": 10,
 }

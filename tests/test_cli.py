@@ -29,7 +29,7 @@ SMALL_OPTIONS = (
     "--threads 1 --device cpu --quiet"
 )
 SMALL = SMALL_OPTIONS.split()
-COMMANDS = ("pack", "unpack", "convert", "info", "show", "check", "pretrain", "evaluate", "export", "demo", "bench")
+COMMANDS = ("pack", "unpack", "convert", "info", "show", "check", "pretrain", "evaluate", "report", "export", "demo", "bench")
 
 
 @pytest.fixture(scope="module")

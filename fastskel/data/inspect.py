@@ -18,7 +18,7 @@ from fastskel.data.protocols import protocols, split
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["info", "show"]
+__all__ = ["Scene", "info", "project", "show"]
 
 _COLOURS = {
     "head": "#475569",
@@ -120,7 +120,7 @@ def show(
     about = [name]
     if label >= 0:
         about.append(dataset.class_names[label] if dataset.class_names else f"class {label}")
-    scene = _project(dataset, frames)
+    scene = project(dataset, frames)
     folder = Path(out)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".") or f"clip-{index}"
     png, gif = folder / f"{stem}.png", folder / f"{stem}.gif"
@@ -138,13 +138,21 @@ def show(
 
 
 @dataclass(frozen=True)
-class _Scene:
-    # points and shadows in the picture plane, (T, M, V, 2); which joints are there, (T, M, V)
+class Scene:
+    """A clip as it is drawn.
+
+    Attributes:
+        points: Joints in the picture plane, (T, M, V, 2), second axis up.
+        shadows: Their shadows on the ground, (T, M, V, 2), for data in space.
+        present: Joints that are there, (T, M, V).
+    """
+
     points: NDArray[np.float64]
     shadows: NDArray[np.float64] | None
     present: NDArray[np.bool_]
 
     def bounds(self, frames: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Least and largest coordinates, (2,) each, of what is drawn in some frames."""
         shown = self.present[frames]
         points = self.points[frames][shown]
         if self.shadows is not None:
@@ -154,7 +162,8 @@ class _Scene:
         return points.min(axis=0), points.max(axis=0)
 
 
-def _project(dataset: PackedDataset, frames: NDArray[np.float32]) -> _Scene:
+def project(dataset: PackedDataset, frames: NDArray[np.float32]) -> Scene:
+    """Project a clip of a data set, (T, M, V, C), onto a picture; data in space are seen a little from the side."""
     present = np.asarray(frames.any(axis=-1))
     if dataset.meta["normalisation"] != "none":
         # a centred body has its centre joint at the origin
@@ -171,12 +180,12 @@ def _project(dataset: PackedDataset, frames: NDArray[np.float32]) -> _Scene:
     right = np.cross(depth, up) if spatial else np.abs(np.cross(depth, up))
     scene = values @ np.stack([right, up, depth]).T
     if not spatial:
-        return _Scene(scene[..., :2], None, present)
+        return Scene(scene[..., :2], None, present)
     middle = scene[present].mean(axis=0) if present.any() else np.zeros(3)
     scene = scene - middle
     floor = scene.copy()
     floor[..., 1] = scene[present][:, 1].min() if present.any() else 0.0
-    return _Scene(_seen(scene), _seen(floor), present)
+    return Scene(_seen(scene), _seen(floor), present)
 
 
 def _seen(scene: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -186,7 +195,7 @@ def _seen(scene: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack([across, scene[..., 1] * np.cos(_PITCH) + away * np.sin(_PITCH)], axis=-1)
 
 
-def _draw(axes: Axes, dataset: PackedDataset, scene: _Scene, frame: int, size: float) -> None:
+def _draw(axes: Axes, dataset: PackedDataset, scene: Scene, frame: int, size: float) -> None:
     from matplotlib.collections import LineCollection
 
     topology = dataset.topology
@@ -220,7 +229,7 @@ def _frame_axes(axes: Axes, low: NDArray[np.float64], high: NDArray[np.float64])
     axes.set_axis_off()
 
 
-def _strip(dataset: PackedDataset, scene: _Scene, title: str, path: Path) -> None:
+def _strip(dataset: PackedDataset, scene: Scene, title: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -246,7 +255,7 @@ def _strip(dataset: PackedDataset, scene: _Scene, title: str, path: Path) -> Non
     figure.savefig(path, format="png", facecolor=_BACKGROUND, metadata={"Software": None})
 
 
-def _movie(dataset: PackedDataset, scene: _Scene, title: str, path: Path) -> None:
+def _movie(dataset: PackedDataset, scene: Scene, title: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image

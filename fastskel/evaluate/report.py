@@ -27,6 +27,7 @@ __all__ = [
     "confusion_figure",
     "curves_figure",
     "embedding_figure",
+    "log_panels",
     "project_2d",
     "read_log",
     "write_results",
@@ -40,6 +41,7 @@ MAX_CLASSES_IN_LEGEND = 30
 MARKERS = ("o", "^", "s")
 NAME_LENGTH = 24
 INK, FAINT = "#222222", "#9aa0a6"
+Curve = tuple[NDArray[np.int64], NDArray[np.float64]]
 # logged numbers with a panel of their own, and those that are no term of the loss
 RATES = ("lr", "learning_rate")
 PANELS = {
@@ -50,6 +52,7 @@ PANELS = {
     "samples_per_s": "samples a second",
     "data_stall": "share of time waiting for data",
 }
+TERMS = "terms of the loss"
 NOT_TERMS = {"loss", "epoch", *TIMINGS, *PANELS}
 
 
@@ -270,7 +273,7 @@ def embedding_figure(
     _save(figure, path)
 
 
-def read_log(path: str | os.PathLike[str]) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
+def read_log(path: str | os.PathLike[str]) -> dict[str, Curve]:
     """Read the numbers of a training log: name -> steps (S,) and values (S,).
 
     Nested objects become "outer/inner". A step logged twice (a resumed run) counts as logged last. Lines without a step
@@ -308,6 +311,22 @@ def read_log(path: str | os.PathLike[str]) -> dict[str, tuple[NDArray[np.int64],
     }
 
 
+def log_panels(curves: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
+    """Sort the curves of a log, steps and values (S,) each, into panels: heading -> name -> curve.
+
+    A term is what is logged at the very steps of the loss and is not known to be something else; what is logged at
+    other steps was read by a monitor and has a panel of its own. Panels without a curve are left out.
+    """
+    others = {name: curve for name, curve in curves.items() if name not in NOT_TERMS}
+    steps = curves["loss"][0] if "loss" in curves else None
+    terms = {name: curve for name, curve in others.items() if steps is not None and np.array_equal(curve[0], steps)}
+    panels = {"loss": {name: curves[name] for name in ("loss",) if name in curves}, TERMS: terms}
+    panels["read during training"] = {name: curve for name, curve in others.items() if name not in terms}
+    for name, heading in PANELS.items():
+        panels.setdefault(heading, {}).update({name: curves[name]} if name in curves else {})
+    return {heading: lines for heading, lines in panels.items() if lines}
+
+
 def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Moving mean over a fortieth of the curve, (S,) to (S,); cut off at the ends."""
     half = len(values) // 80
@@ -338,9 +357,6 @@ def _curve(axes: Axes, steps: NDArray[np.int64], values: NDArray[np.float64], co
 def curves_figure(path: str | os.PathLike[str], log: str | os.PathLike[str], title: str = "") -> None:
     """Draw what a training log holds, curves of values (S,): loss, its terms, the embeddings' deviation, the step size.
 
-    A term is what is logged at the very steps of the loss and is not known to be something else; what is logged at
-    other steps was read by a monitor and has a panel of its own.
-
     Raises:
         ValueError: If the log has no loss.
     """
@@ -350,13 +366,7 @@ def curves_figure(path: str | os.PathLike[str], log: str | os.PathLike[str], tit
     curves = read_log(log)
     if "loss" not in curves:
         raise ValueError(f"curves_figure: {log} must log a loss, got {sorted(curves)}. Pass the log of a training run.")
-    others = {name: curve for name, curve in curves.items() if name not in NOT_TERMS}
-    terms = {name: curve for name, curve in others.items() if np.array_equal(curve[0], curves["loss"][0])}
-    panels = {"loss": {"loss": curves["loss"]}, "terms of the loss": terms}
-    panels["read during training"] = {name: curve for name, curve in others.items() if name not in terms}
-    for name, heading in PANELS.items():
-        panels.setdefault(heading, {}).update({name: curves[name]} if name in curves else {})
-    panels = {heading: lines for heading, lines in panels.items() if lines}
+    panels = log_panels(curves)
     columns = min(len(panels), 3) if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns + 0.4, 3.5 * rows + 0.3), layout="constrained")
@@ -373,7 +383,7 @@ def curves_figure(path: str | os.PathLike[str], log: str | os.PathLike[str], tit
         if len(lines) > 1 or heading == "read during training":
             axes.legend(frameon=False, fontsize=8, ncols=3)
         # terms differ by orders of magnitude; a logarithm needs them positive
-        if lines is terms and all((values > 0).all() for _, values in terms.values()):
+        if heading == TERMS and all((values > 0).all() for _, values in lines.values()):
             axes.set_yscale("log")
         elif heading in PANELS.values():
             axes.set_ylim(bottom=0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastskel.data import pack
-from fastskel.data.inspect import _project, info, show
+from fastskel.data.inspect import info, project, show
 from fastskel.skeleton import TOPOLOGIES, topology
 
 
@@ -58,7 +58,7 @@ def test_heads_are_up_and_the_left_hand_is_at_the_viewers_right(tmp_path, up_axi
         clip = clip * np.array([-1, -1, 0], dtype=np.float32)
         options = {"up_axis": "-y", "units": "pixels"}
     dataset = dataset_of(tmp_path, clip, **options)
-    points = _project(dataset, dataset.clip(0)).points[0, 0]
+    points = project(dataset, dataset.clip(0)).points[0, 0]
     assert points[layout.joint("head"), 1] > points[layout.joint("left_foot"), 1]
     assert points[layout.joint("left_hand"), 0] > points[layout.joint("right_hand"), 0]
 
@@ -66,14 +66,14 @@ def test_heads_are_up_and_the_left_hand_is_at_the_viewers_right(tmp_path, up_axi
 def test_absent_bodies_are_not_drawn(tmp_path):
     clip = np.concatenate([standing("ntu-25"), np.zeros((4, 1, 25, 3), dtype=np.float32)], axis=1)
     dataset = dataset_of(tmp_path, clip)
-    scene = _project(dataset, dataset.clip(0))
+    scene = project(dataset, dataset.clip(0))
     assert scene.present[:, 0].all() and not scene.present[:, 1].any()
 
 
 def test_a_centred_body_keeps_its_centre(tmp_path):
     dataset = dataset_of(tmp_path, standing("ntu-25"), normalisation="center")
     centre = dataset.topology.centre
-    assert not dataset.clip(0)[:, :, centre].any() and _project(dataset, dataset.clip(0)).present[:, :, centre].all()
+    assert not dataset.clip(0)[:, :, centre].any() and project(dataset, dataset.clip(0)).present[:, :, centre].all()
 
 
 def test_show_refuses(tmp_path):
