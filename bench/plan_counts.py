@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -214,10 +214,10 @@ def _views(stage: Stage, rows: int) -> Batch:
     """Make the views of a chunk, (n, T, M, V, C) each."""
     options = stage.encoder_options
     shape = [options[f"num_{name}"] for name in ("frames", "bodies", "joints", "channels")]
-    views = [
-        View(torch.empty(rows, *shape), torch.empty(rows, *shape[:2], dtype=torch.bool), Topology.unknown(shape[2]))
-        for _ in stage.views
-    ]
+    skeleton = Topology.unknown(shape[2])
+    if variant := options.get("bone_variant"):
+        skeleton = replace(skeleton, bones={variant: skeleton.parents()})
+    views = [View(torch.empty(rows, *shape), torch.empty(rows, *shape[:2], dtype=torch.bool), skeleton) for _ in stage.views]
     return Batch(views, torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64))
 
 

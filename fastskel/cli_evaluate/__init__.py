@@ -1,6 +1,7 @@
 """The command line of evaluation: `fastskel evaluate TASK RUN DATA`."""
 
 from fastskel.cli_evaluate.frozen import knn, linear
+from fastskel.cli_evaluate.fusion import fusion
 from fastskel.cli_evaluate.options import Command, Data, Run, chosen_split
 
 __all__ = ["Command", "Data", "Run", "chosen_split", "evaluate_commands"]
@@ -8,4 +9,4 @@ __all__ = ["Command", "Data", "Run", "chosen_split", "evaluate_commands"]
 
 def evaluate_commands() -> dict[str, Command]:
     """Commands by the name of their task."""
-    return {"knn": knn, "linear": linear}
+    return {"knn": knn, "linear": linear, "fusion": fusion}

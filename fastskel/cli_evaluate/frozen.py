@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, prepare, say
 
-__all__ = ["knn", "linear"]
+__all__ = ["Setting", "knn", "linear"]
+
+# whose step size is published: the names in fastskel.recipes.LINEAR_RATES
+Setting = Literal["ntu60-xsub", "ntu60-xview", "ntu120-xsub", "ntu120-xset", "pku2-xsub"]
 
 
 def knn(run: Run, data: Data, k: int = 1, common: EvaluateOptions = EvaluateOptions()) -> None:
@@ -26,6 +31,7 @@ def linear(
     run: Run,
     data: Data,
     learning_rate: float | None = None,
+    published: Setting | None = None,
     epochs: int = 160,
     seed: int = 0,
     common: EvaluateOptions = EvaluateOptions(),
@@ -36,12 +42,19 @@ def linear(
         run: Run folder, native checkpoint folder, or published .pth.tar.
         data: Packed data set.
         learning_rate: Step size on features as they are; by default it and standardisation are chosen on held-out clips.
+        published: Take the step size that was published for this setting.
         epochs: Passes over the training features.
         seed: Key of the probe's start and of its order.
         common: What every evaluation takes.
     """
     from fastskel.evaluate import LinearConfig, evaluate_linear
 
+    if published is not None:
+        from fastskel.recipes import LINEAR_RATES
+
+        if learning_rate is not None:
+            raise ValueError("evaluate: learning_rate or published must be given, got both. Leave one out.")
+        learning_rate = LINEAR_RATES[published]
     standardise = None if learning_rate is None else False
     config = LinearConfig(learning_rate=learning_rate, standardise=standardise, epochs=epochs, seed=seed)
     evaluation, folder = prepare("linear", run, data, common)

@@ -13,7 +13,7 @@ from fastskel import philox
 from fastskel.evaluate.features import FeatureSet
 from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy, top_k_accuracy
 
-__all__ = ["EpochRow", "LinearConfig", "LinearResult", "choose_config", "linear_probe"]
+__all__ = ["EpochRow", "LinearConfig", "LinearResult", "choose_config", "held_out", "linear_probe"]
 
 # initial deviation of the weights in the reference
 INIT_STD = 0.01
@@ -253,8 +253,8 @@ def linear_probe(
     )
 
 
-def _held_out(train: FeatureSet, seed: int, groups: Tensor | None) -> Tensor:
-    """Samples that choose a config, (N,), bool."""
+def held_out(train: FeatureSet, seed: int, groups: Tensor | None) -> Tensor:
+    """Samples that choose a config, (N,), bool: a fifth of the groups (N,), or without groups of each class."""
     known = torch.unique(train.labels if groups is None else groups)
     if groups is not None and len(known) > 1:
         order = torch.from_numpy(philox.permutation(seed, 0, len(known), philox.Use.SUBSET))
@@ -305,7 +305,7 @@ def choose_config(
         ValueError: If no class has two samples, or if every rate diverges.
     """
     _check_set("train", train, num_classes)
-    held = _held_out(train, config.seed, groups)
+    held = held_out(train, config.seed, groups)
     fit, check = (FeatureSet(train.features[rows], train.labels[rows], train.index[rows]) for rows in (~held, held))
     best: tuple[float, LinearConfig] | None = None
     tried = [config.learning_rate] if config.learning_rate is not None else sorted(rates)

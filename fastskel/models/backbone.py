@@ -229,7 +229,10 @@ class USDRLBackbone(Encoder):
                 "This encoder neither masks tokens nor has variants."
             )
         self.check(view.clips)
-        temporal, spatial = self.streams(*tokens(view.clips), view)
+        return self.pool(*self.streams(*tokens(view.clips), view))
+
+    def pool(self, temporal: Tensor, spatial: Tensor) -> Features:
+        """Make features of transformed tokens (N, T, D) and (N, M*V, D)."""
         # ties share the gradient evenly, as under the reference's amax
         y_t, y_s = (token_max(stream, self.kernels) for stream in (temporal, spatial))
         return Features(

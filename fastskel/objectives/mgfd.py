@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastskel.data.batch import Batch, concat_views
+from fastskel.data.batch import Batch, View, concat_views
 from fastskel.data.views import ViewSpec
-from fastskel.models.encoder import Encoder
+from fastskel.models.encoder import Encoder, Features
 from fastskel.nn.grouped_norm import grouped_projector, uses_batch_statistics
 from fastskel.nn.init import Init, initialise
 from fastskel.nn.pool import token_max
@@ -105,6 +106,10 @@ class MGFD(Objective):
             grouped_projector(self.i_proj, torch.cat([y_t, y_s], -1), group),
         )
 
+    def encode(self, encoder: Encoder, view: View, numbers: Sequence[int]) -> Features:
+        """Encode views of these numbers, joined to one of clips (n*N, T, M, V, C)."""
+        return encoder(view)  # type: ignore[no-any-return]
+
     def embed(self, encoder: Encoder, batch: Batch) -> dict[str, Tensor]:
         """Embed all views.
 
@@ -118,10 +123,12 @@ class MGFD(Objective):
             )
         shapes = {(view.clips.shape[1:], view.topology.name) for view in batch.views}
         together = len(shapes) == 1 and not uses_batch_statistics(encoder)
-        groups = [batch.views] if together else [[view] for view in batch.views]
+        count = len(batch.views)
+        groups = [range(count)] if together else [range(number, number + 1) for number in range(count)]
         pooled: list[tuple[Tensor, Tensor]] = []
-        for group in groups:
-            features = encoder(concat_views(group))
+        for numbers in groups:
+            group = [batch.views[number] for number in numbers]
+            features = self.encode(encoder, concat_views(group), numbers)
             streams = (features.need("temporal", "MGFD"), features.temporal_pooled), (
                 features.need("spatial", "MGFD"), features.spatial_pooled,
             )  # fmt: skip

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from fastskel.data.packed import PackedDataset
 from fastskel.data.views import eval_view, usdrl_views
+from fastskel.nn.init import Init
 from fastskel.registry import Registry
 from fastskel.train.stage import Optimizer, Precision, Schedule, Stage
 
-__all__ = ["RECIPES", "USDRLRecipe"]
+__all__ = ["LINEAR_RATES", "RECIPES", "USDRLRecipe"]
+
+Encoder = Literal["dste", "sttr"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,11 @@ class USDRLRecipe:
         gap: Every gap-th token passes the dense shift unchanged (dste).
         alpha: Weight of the convolutional attention branch (dste).
         drop_path: Probability that a residual branch is dropped (dste).
+        init: Start of Linear layers, from N(0, 0.02) or as torch does.
         weighting: Loss weighting of the AAAI or the journal code.
+        consistency: Between views of one stream, or between joints, bones, motion and all three fused in one encoder.
         stream: Joint positions, bones, or motion.
+        bone_variant: Named bone list of the skeleton; by default its first.
         normalise: Normalisation of each clip before its views are made.
         num_views: Views W of each clip.
         crop_low: Least share of the clip in a temporal crop.
@@ -61,7 +67,7 @@ class USDRLRecipe:
         log_steps: Steps between log records.
     """
 
-    encoder: Literal["dste", "sttr"] = "dste"
+    encoder: Encoder = "dste"
     width: int = 1024
     num_heads: int = 1
     num_layers: int = 2
@@ -69,8 +75,11 @@ class USDRLRecipe:
     gap: int = 4
     alpha: float = 0.5
     drop_path: float = 0.1
+    init: Init = "usdrl"
     weighting: Literal["aaai", "journal"] = "aaai"
+    consistency: Literal["multi-view", "multi-modal"] = "multi-view"
     stream: Literal["joint", "bone", "motion"] = "joint"
+    bone_variant: str | None = None
     normalise: Literal["none", "center", "center-first", "align", "align-yaw"] = "none"
     num_views: int = 4
     crop_low: float = 0.1
@@ -111,7 +120,17 @@ class USDRLRecipe:
         return self.lr * {"none": 1.0, "sqrt": math.sqrt(growth), "linear": growth}[self.lr_scaling]
 
     def stages(self, dataset: PackedDataset) -> tuple[Stage, ...]:
-        """Return the single stage for a data set of clips (T, M, V, C)."""
+        """Return the single stage for a data set of clips (T, M, V, C).
+
+        Raises:
+            ValueError: If several modalities are asked for with a stream or a number of views that they do not have.
+        """
+        multimodal = self.consistency == "multi-modal"
+        if multimodal and (self.stream, self.num_views) != ("joint", 4):
+            raise ValueError(
+                "USDRLRecipe: multi-modal consistency must have 4 views of the stream joint, from which bones and motion are "
+                f"derived, got {self.num_views} of {self.stream}. Leave both as they are."
+            )
         _, bodies, joints, channels = dataset.frames.shape
         options = dict(
             num_joints=joints, num_bodies=bodies, num_frames=self.frames, num_channels=channels,
@@ -119,14 +138,19 @@ class USDRLRecipe:
         )  # fmt: skip
         if self.encoder == "dste":
             options |= dict(gap=self.gap, alpha=self.alpha, drop_path=self.drop_path)
+        if multimodal:
+            options["bone_variant"] = self.bone_variant
+        # what is not named is the default: runs of versions that could not name it go on
+        init = {} if self.init == "usdrl" else {"init": self.init}
         views = usdrl_views(
             self.frames, self.stream, self.num_views, self.normalise, self.crop_min_frames,
-            low=self.crop_low, fraction=self.corruption, amplitude=self.shear,
+            low=self.crop_low, fraction=self.corruption, amplitude=self.shear, bone_variant=self.bone_variant,
         )  # fmt: skip
+        suffix = "-multimodal" if multimodal else ""
         stage = Stage(
-            encoder=f"usdrl-{self.encoder}", encoder_options=options,
-            objective="mgfd", objective_options={"weighting": self.weighting},
-            views=views, eval_view=eval_view(self.frames, self.stream, self.normalise),
+            encoder=f"usdrl-{self.encoder}{suffix}", encoder_options=options | init,
+            objective=f"mgfd{suffix}", objective_options={"weighting": self.weighting} | init,
+            views=views, eval_view=eval_view(self.frames, self.stream, self.normalise, bone_variant=self.bone_variant),
             epochs=self.epochs, batch_size=self.batch_size, chunk=self.chunk, optimizer=self.optimizer, lr=self.scaled_lr(),
             weight_decay=self.weight_decay, decay_matrices_only=self.decay_matrices_only, clip_norm=self.clip_norm,
             schedule=self.schedule, milestones=self.milestones, lr_final=self.lr_final, warmup_steps=self.warmup_steps,
@@ -139,23 +163,44 @@ class USDRLRecipe:
 
 RECIPES: Registry[Callable[[], USDRLRecipe]] = Registry("recipe")
 
+# step size of linear evaluation on joints in the published scripts, of either encoder where both have one
+LINEAR_RATES: Mapping[str, float] = {
+    "ntu60-xsub": 0.006,
+    "ntu60-xview": 0.03,
+    "ntu120-xsub": 0.006,
+    "ntu120-xset": 0.006,
+    "pku2-xsub": 0.01,
+}
+# the journal code corrupts 15 joints of any skeleton, and has bones of its own for 17 joints
+_17_JOINTS: Mapping[str, Any] = {"corruption": 15 / 17, "bone_variant": "usdrl"}
 
-@RECIPES.register("usdrl-dste")
-def usdrl_dste() -> USDRLRecipe:
-    """DSTE on NTU RGB+D as the AAAI code trains it: width 1024, batch 356, 451 epochs."""
-    return USDRLRecipe()
+
+def _published(encoder: Encoder) -> Iterator[tuple[str, str, USDRLRecipe]]:
+    """Yield name, help and settings of what the published codes train with an encoder; a setting's protocol is an option."""
+    ntu = "on NTU-60 (xsub, xview) or NTU-120 (xsub, xset)"
+    aaai = USDRLRecipe(encoder=encoder)
+    journal = replace(aaai, weighting="journal", lr=1e-4, init="torch" if encoder == "sttr" else "usdrl")
+    yield "", f"{ntu} as the AAAI code trains it; before detection on PKU-MMD I too.", aaai
+    yield "-journal", f"{ntu} as the journal code trains it.", journal
+    longer = replace(aaai, batch_size=512, epochs=1201, milestones=(801,))
+    yield "-pku", "on PKU-MMD II (xsub) as the AAAI code trains it.", longer
+    flat = replace(journal, batch_size=384, **_17_JOINTS)
+    yield "-2d", "on NTU-60 or NTU-120 in 2-D (17 joints) as the journal code trains it.", flat
+    yield "-uav", "on UAV-Human (v1, v2; 17 joints), constants of the journal code.", replace(journal, **_17_JOINTS)
+    yield "-multimodal", f"{ntu}, joints, bones and motion in one.", replace(journal, consistency="multi-modal")
 
 
-@RECIPES.register("usdrl-sttr")
-def usdrl_sttr() -> USDRLRecipe:
-    """STTR on NTU RGB+D as the AAAI code trains it."""
-    return USDRLRecipe(encoder="sttr")
+def _register(name: str, about: str, recipe: USDRLRecipe) -> None:
+    def make() -> USDRLRecipe:
+        return recipe
+
+    make.__doc__ = about
+    RECIPES.add(name, make)
 
 
-@RECIPES.register("usdrl-dste-journal")
-def usdrl_dste_journal() -> USDRLRecipe:
-    """DSTE on NTU RGB+D as the journal code trains it: no cross-correlation, a lower learning rate."""
-    return USDRLRecipe(weighting="journal", lr=1e-4)
+for _encoder in get_args(Encoder):
+    for _ending, _about, _recipe in _published(_encoder):
+        _register(f"usdrl-{_encoder}{_ending}", f"{_encoder.upper()} {_about}", _recipe)
 
 
 @RECIPES.register("usdrl-small")
