@@ -11,14 +11,14 @@ OLDEST := .venv/triton-3.6
 demo: $(STAMP)
 	$(BIN)/fastskel demo --out demo-run
 
-# pytest last: its summary is the last line
+# pytest last: its summary is the last line. Two processes take whole files in turns, so that fixtures are made once
 test: export FASTSKEL_WERROR = 1
 test: $(STAMP) $(OLDEST)
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict fastskel
 	$(BIN)/python -m fastskel.bench.offline --strict
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m fastskel.bench.offline --sample --strict
-	@$(BIN)/python -m pytest -q -rs
+	@$(BIN)/python -m pytest -q -rs --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # everything that waits for a GPU: docs/gpu-queue.md. GPU_PYTHON names an environment that already holds torch, triton, pybind11 and
 # pytest: nothing is fetched and nothing installed into it, the package is put together under build/. Python 3.11 or newer: the

@@ -135,17 +135,19 @@ class Report:
 def parts_of(stage: str, dry: bool, work: Path) -> list[Part]:
     """List the parts of a stage; those of a rehearsal run the same modules on a CPU with tiny sizes."""
     on = ["--device", "cpu", "--quick"] if dry else ["--device", "cuda"]
+    # who takes part in a rehearsal, beside the reference: each benchmark has a test of its own with all that a CPU has
+    own = ["--providers", "fastskel", "--rounds", "1"]
     if stage == "check":
         return [module("machine", "machine", 60, *on), tests(400)]
     if stage == "kernels":
         return [kernels("kernels", STAGE_S, "not compiled")]
     if stage == "training":
         return [
-            module("training", "training", 310, *on, "--limit", "0" if dry else "60"),
+            module("training", "training", 310, *on, *(["--limit", "0", *own] if dry else ["--limit", "60"])),
             module("profile_step", "profile", 150, *on, "--traces", str(work / "traces")),
         ]
     if stage == "encoder":
-        size = ["--batch", "2" if dry else "356", "--limit", "0" if dry else "15"]
+        size = ["--batch", "2", "--limit", "0", "--precision", "bf16", *own] if dry else ["--batch", "356", "--limit", "15"]
         names = ("dste", "sttr")[: 1 if dry else None]
         encoders = [module("encoder", f"encoder-{name}", 180, "--encoder", name, *on, *size) for name in names]
         rows = ["8", "--limit", "0"] if dry else ["356", "1024", "4096", "16384"]
@@ -153,23 +155,26 @@ def parts_of(stage: str, dry: bool, work: Path) -> list[Part]:
     if stage == "loader":
         steps = [
             printed("step", f"step-{recipe}-{precision}", 45, "--recipe", recipe, "--precision", precision, *on)
-            for recipe in STEP_RECIPES[: 1 if dry else None] for precision in ("bf16", "fp32")[: 1 if dry else None]
+            for recipe in STEP_RECIPES for precision in ("bf16", "fp32")
         ]  # fmt: skip
         # fp32 steps are too long for a loader to show beside them; the triton engine needs a GPU
         engines = ("native", "triton")[: 1 if dry else None]
         feeds = [printed("step", f"step-fed-{engine}", 45, "--feed", engine, *on) for engine in engines]
         # it has no sizes to choose but these
-        alone = ["--rounds", "1", "--clips", "16", "--parts", "speed", "memory"] if dry else ["--rounds", "3"]
-        return [*steps, *feeds, module("loader", "loader", 150, *alone)]
+        alone = ["--rounds", "1", "--clips", "16", "--parts", "speed"] if dry else ["--rounds", "3"]
+        # a fed step is the step, and more
+        return [*([] if dry else steps), *feeds, module("loader", "loader", 150, *alone)]
     if stage == "jobs":
         job = module("job", "job", 300, *on, *([] if dry else ["--limit-s", "90"]))
-        largest = ["--parts", "largest", *([] if dry else ["--search-s", "90"])]
+        # nothing fits into so little
+        largest = ["--parts", "largest", *(["--budget-gib", "0.0001", *own] if dry else ["--search-s", "90"])]
         return [job, module("sweep", "sweep-largest", 160, *on, *largest)]
     if stage == "sweep":
         # whole steps of four views take four times as long
         limits = {"step": 310, "encoder": 150}
+        until = ["--most", "2", *own] if dry else ["--limit-s", "5"]
         return [
-            module("sweep", f"sweep-{name}", limits[name], *on, "--parts", name, *([] if dry else ["--limit-s", "5"]))
+            module("sweep", f"sweep-{name}", limits[name], *on, "--parts", name, *until)
             for name in list(limits)[: 1 if dry else None]
         ]
     if stage == "sanitize":

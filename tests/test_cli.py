@@ -9,8 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -163,100 +161,6 @@ def test_wrong_options(capsys, command, words) -> None:
     error = capsys.readouterr().err
     assert [word for word in words if word not in error] == []
     assert "Traceback" not in error
-
-
-def ucla_archive(path: Path, frames: int = 6) -> Path:
-    draw = np.random.default_rng(0)
-    with tarfile.open(path, "w:xz") as archive:
-        for action, label, view in ((1, 1, 1), (8, 7, 2), (12, 10, 3)):
-            skeletons = draw.normal(size=(frames, 20, 3)).tolist()
-            content = json.dumps({"file_name": "x", "skeletons": skeletons, "label": label}).encode()
-            member = tarfile.TarInfo(f"all/a{action:02}_s01_e00_v0{view}.json")
-            member.size = len(content)
-            archive.addfile(member, BytesIO(content))
-    return path
-
-
-def test_pack_info_show(tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    archive = str(ucla_archive(tmp_path / "ucla.tar.xz"))
-    assert main(["pack", "nw-ucla", archive, "packed", "--quiet"]) == 0
-    output = capsys.readouterr()
-    assert "packed 3 clips, 18 frames" in output.out and output.err == ""
-    assert len(open_dataset("packed", verify=True)) == 3
-    assert "must be new" in refused(capsys, "pack", "nw-ucla", archive, "packed", "--quiet")
-    assert main(["info", "packed", "--verify"]) == 0
-    text = capsys.readouterr().out
-    assert "nw-ucla" in text and "3, 18 frames" in text and "checksums match" in text
-    name = str(open_dataset("packed").names[0])
-    for clip in (name, "0"):
-        assert main(["show", "packed", clip, "--out", f"pictures-{clip}"]) == 0
-        paths = [Path(line) for line in capsys.readouterr().out.split()]
-        assert [path.suffix for path in paths] == [".png", ".gif"]
-        assert all(path.parent == Path(f"pictures-{clip}") and path.stat().st_size > 0 for path in paths)
-    assert "index must be in range(3), got 99" in refused(capsys, "show", "packed", "99")
-    assert "name must be a clip, got 'nobody'" in refused(capsys, "show", "packed", "nobody")
-
-
-def test_damage_is_one_line(tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert "no such folder, in nowhere" in refused(capsys, "info", "nowhere")
-    assert "nowhere" in refused(capsys, "pack", "utd-mhad", "nowhere", "packed", "--quiet")
-    whole = ucla_archive(tmp_path / "whole.tar.xz").read_bytes()
-    (tmp_path / "cut.tar.xz").write_bytes(whole[: len(whole) // 2])
-    assert "cut.tar.xz" in refused(capsys, "pack", "nw-ucla", "cut.tar.xz", "packed", "--quiet")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.tar.xz", "whole.tar.xz"]
-    main(["pack", "nw-ucla", "whole.tar.xz", "packed", "--quiet"])
-    frames = (tmp_path / "packed" / "frames.npy").read_bytes()
-    (tmp_path / "packed" / "frames.npy").write_bytes(frames[:-4] + b"\1\2\3\4")
-    assert main(["info", "packed"]) == 0
-    assert "frames.npy" in refused(capsys, "info", "packed", "--verify")
-    (tmp_path / "packed" / "frames.npy").write_bytes(frames[:-40])
-    for command in (["info", "packed"], ["pretrain", "usdrl-demo", "packed"], ["show", "packed", "0"]):
-        assert "frames.npy" in refused(capsys, *command)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_check(tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_synthetic("clean", num_clips=12, num_classes=3, num_subjects=4)
-    assert main(["check", "clean", "--quiet", "--fail-on", "warning"]) == 0
-    output = capsys.readouterr()
-    assert "12 clips" in output.out and "protocol xsub" in output.out and output.err == ""
-    assert "0 errors, 0 warnings" in output.out and "short-clip" in output.out
-    motion = [np.array(open_dataset("clean").clip(number)) for number in range(4)]
-    motion[2][10:20] = motion[2][10]
-    motion[3] = motion[0]
-    pack_arrays(motion, out="bad", topology="ntu-25", labels=[0, 1, 0, 1], names=["a", "b", "c", "d"])
-    Path("split.json").write_text('{"train": ["a", "b"], "test": ["c", "d"]}')
-    # a frozen clip is a warning, a leak an error
-    pack_arrays(motion[:3], out="frozen", topology="ntu-25", labels=[0, 1, 0], names=["a", "b", "c"])
-    for data, fail_on, code in [
-        ("frozen", "error", 0), ("frozen", "warning", 1), ("frozen", "never", 0),
-        ("bad", "error", 1), ("bad", "never", 0),
-    ]:  # fmt: skip
-        assert main(["check", data, "--quiet", "--fail-on", fail_on]) == code
-        assert "frozen-frames" in capsys.readouterr().out
-    options = ["--split-file", "split.json", "--json", "found.json", "--picture", "found.png", "--crop", "30"]
-    assert main(["check", "bad", "--quiet", *options]) == 1
-    assert "d [0:" in capsys.readouterr().out
-    found = {(finding["kind"], finding["name"]) for finding in json.loads(Path("found.json").read_text())["findings"]}
-    assert {("leaked-clip", "d"), ("frozen-frames", "c")} <= found
-    assert Path("found.png").read_bytes().startswith(b"\x89PNG")
-    # the bar is on standard error, apart from what may be piped
-    assert main(["check", "clean"]) == 0
-    assert "12/12" in capsys.readouterr().err
-
-
-def test_check_refuses(here, capsys) -> None:
-    assert "no such folder, in nowhere" in refused(capsys, "check", "nowhere")
-    assert "protocol must be one of those for 'synthetic'" in refused(capsys, "check", "data", "--protocol", "xset", "--quiet")
-    assert "crop must be a whole number" in refused(capsys, "check", "data", "--crop", "0", "--quiet")
-    both = ["--protocol", "xsub", "--split-file", "x.json", "--quiet"]
-    assert "protocol or split_file must be given, got both" in refused(capsys, "check", "data", *both)
-    assert "path must be writable" in refused(capsys, "check", "data", "--json", "no/where.json", "--quiet")
-    assert "path must be writable" in refused(capsys, "check", "data", "--picture", "no/where.png", "--quiet")
-    assert main(["check", "data", "--fail-on", "sometimes"]) == 2
 
 
 def test_pretrain_names_its_run(here, capsys) -> None:

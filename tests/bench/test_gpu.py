@@ -103,7 +103,7 @@ def test_rehearsal_of_every_stage(tmp_path: Path) -> None:
                 assert any(row["id"].split()[1] == part.name for row in found), part.name
                 assert any(name.startswith(f"logs/{part.name}") for name in names), part.name
         if "loader" in half:
-            timed = next(row for row in found if row["case"] == "step-usdrl-dste-bf16")
+            timed = next(row for row in found if row["case"] == "step-fed-native")
             assert 0 < timed["p10_ms"] <= timed["median_ms"] <= timed["p90_ms"] and timed["quick"] is True
             assert timed["samples_per_s"] == pytest.approx(1e3 * timed["batch_size"] / timed["median_ms"])
         if "training" in half:

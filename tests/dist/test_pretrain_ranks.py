@@ -23,7 +23,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastskel.data import PackedDataset, make_synthetic, open_dataset
@@ -39,6 +38,8 @@ WORLDS = (1, 2, 4)
 # three clips are left out of each epoch
 NUM_CLIPS, BATCH_SIZE, EPOCHS, STOPPED_AFTER = 27, 8, 7, 10
 STEPS = NUM_CLIPS // BATCH_SIZE * EPOCHS
+# relative: most of a gradient is a small difference of large numbers, and processes add in another order
+GRADIENT_NORM = 1e-8
 MODULE = sys.modules["fastskel.train.pretrain"]
 START = MODULE.start
 
@@ -212,30 +213,10 @@ def log_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def assert_equal_runs(run: Path, expected: Path) -> None:
-    """One curve and one end, up to the rounding of float64 in other orders of addition."""
-    for record, other in zip(log_of(run), log_of(expected), strict=True):
-        assert record.keys() - TIMINGS == other.keys() - TIMINGS
-        for name in record.keys() - TIMINGS:
-            # single terms are small differences of large numbers, and so is most of the gradient
-            within = {"loss": 1e-10, "gradient_norm": 1e-8}.get(name, 1e-9)
-            assert record[name] == pytest.approx(other[name], rel=within), (name, record["step"])
-    ours, theirs = (load_file(checkpoint.newest(path) / "model.safetensors") for path in (run, expected))
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert value.dtype == torch.float64 or not value.is_floating_point()
-        # of rounding alone: BatchNorm takes away the bias before it, and Adam divides what is left of its gradient, some
-        # 1e-14, by 1e-8; running means follow the bias
-        cancelled = name.endswith((".0.bias", ".3.bias", ".running_mean")) and "_proj." in name
-        torch.testing.assert_close(
-            ours[name], value, rtol=1e-10, atol=1e-8 if cancelled else 1e-10, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
 @pytest.mark.parametrize("world", [2, 4])
-def test_same_training_with_synchronised_norms(found, folder, world) -> None:
+def test_same_training_with_synchronised_norms(found, folder, assert_equal_runs, world) -> None:
     assert len(log_of(folder / "together-1")) == STEPS
-    assert_equal_runs(folder / f"together-{world}", folder / "together-1")
+    assert_equal_runs(folder / f"together-{world}", folder / "together-1", gradient_norm=GRADIENT_NORM)
     # synchronised statistics run alike everywhere
     for own in found[world][1:]:
         for name, value in found[world][0]["together"]["norms"].items():
@@ -243,8 +224,8 @@ def test_same_training_with_synchronised_norms(found, folder, world) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_norms_of_each_process_are_those_of_its_rows(found, folder, world) -> None:
-    assert_equal_runs(folder / f"apart-{world}", folder / f"apart-{world}-emulated")
+def test_norms_of_each_process_are_those_of_its_rows(found, folder, assert_equal_runs, world) -> None:
+    assert_equal_runs(folder / f"apart-{world}", folder / f"apart-{world}-emulated", gradient_norm=GRADIENT_NORM)
     # and another training than with all rows
     alone, apart = (log_of(folder / name)[0]["loss"] for name in ("together-1", f"apart-{world}"))
     assert abs(alone - apart) > 1e-4
@@ -261,10 +242,10 @@ def test_processes_share_every_batch_of_one(found, world, kind) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 4])
-def test_resumed_in_another_number_of_processes(found, folder, world) -> None:
+def test_resumed_in_another_number_of_processes(found, folder, assert_equal_runs, world) -> None:
     assert min(found[world][0]["resumed"]["seen"]) == 8
     assert ["goes on with other processes than" in text for text in found[world][0]["warned"]] == [True]
-    assert_equal_runs(folder / f"resumed-{world}", folder / "together-1")
+    assert_equal_runs(folder / f"resumed-{world}", folder / "together-1", gradient_norm=GRADIENT_NORM)
     config = json.loads((folder / f"resumed-{world}" / "config.json").read_text())
     assert (config["processes"], [session["processes"] for session in config["resumed"]]) == (2, [world])
     state = json.loads((checkpoint.newest(folder / f"resumed-{world}") / "state.json").read_text())
@@ -333,7 +314,7 @@ def test_a_failure_ends_all(tmp_path, kind) -> None:
         while not (tmp_path / "step-of-1").exists() and time.monotonic() < end:
             time.sleep(0.05)
         # far below the minutes after which a process gives up waiting
-        said = [process.communicate(timeout=20)[1] for process in running]
+        said = [process.communicate(timeout=60)[1] for process in running]
     finally:
         for process in running:
             process.kill()

@@ -126,26 +126,6 @@ def log_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def assert_equal_runs(run: Path, expected: Path) -> None:
-    """One curve and one end, up to the rounding of float64 in other orders of addition."""
-    assert len(log_of(run)) == len(log_of(expected)) > 0
-    for record, other in zip(log_of(run), log_of(expected), strict=True):
-        assert record.keys() == other.keys()
-        for name in record.keys() - TIMINGS:
-            # single terms are small differences of large numbers
-            assert record[name] == pytest.approx(other[name], rel=1e-10 if name == "loss" else 1e-9), (name, record["step"])
-    ours, theirs = (load_file(checkpoint.newest(path) / "model.safetensors") for path in (run, expected))
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert value.dtype == torch.float64 or not value.is_floating_point()
-        # of rounding alone: BatchNorm takes away the bias before it, and Adam divides what is left of its gradient, some
-        # 1e-14, by 1e-8; running means follow the bias
-        cancelled = name.endswith((".0.bias", ".3.bias", ".running_mean")) and "_proj." in name
-        torch.testing.assert_close(
-            ours[name], value, rtol=1e-10, atol=1e-8 if cancelled else 1e-10, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
 def same_bits(run: Path, expected: Path) -> bool:
     files = ("model.safetensors", "optimizer.safetensors", "state.json")
     return all((checkpoint.newest(run) / f).read_bytes() == (checkpoint.newest(expected) / f).read_bytes() for f in files)
@@ -153,7 +133,9 @@ def same_bits(run: Path, expected: Path) -> bool:
 
 @pytest.mark.parametrize("encoder", ["dste", "sttr"])
 @pytest.mark.parametrize("number", [2, 4, 8], ids=lambda number: f"1 in {number}")
-def test_chunks_are_one_graph_with_statistics_by_chunk(dataset, tmp_path, monkeypatch, encoder, number) -> None:
+def test_chunks_are_one_graph_with_statistics_by_chunk(
+    dataset, tmp_path, monkeypatch, assert_equal_runs, encoder, number
+) -> None:
     stage = make_stage(dataset, encoder=encoder)
     with double_precision():
         train(replace(stage, chunk=BATCH_SIZE // number), dataset, tmp_path / "chunked")
@@ -166,7 +148,7 @@ def test_chunks_are_one_graph_with_statistics_by_chunk(dataset, tmp_path, monkey
     assert state["objective.i_proj.1.num_batches_tracked"] == 6 * 2 * number
 
 
-def test_chunks_need_not_be_equal(dataset, tmp_path, monkeypatch) -> None:
+def test_chunks_need_not_be_equal(dataset, tmp_path, monkeypatch, assert_equal_runs) -> None:
     # 14 samples, at most 4 at a time: 4, 4, 3, 3
     stage = make_stage(dataset, batch_size=14)
     with double_precision():

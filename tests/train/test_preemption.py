@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -260,3 +261,13 @@ def test_unknown_best_figure(dataset, tmp_path) -> None:
     with pytest.raises(ValueError, match="must name the run's best checkpoint, got none"):
         read_checkpoint(path, best=True)
     assert checkpoint.newest(tmp_path / "other") == path
+
+
+def test_sigkill_at_random_moments_changes_no_bit() -> None:
+    # the record of many kills is in docs/proofs.md
+    script = Path(__file__).with_name("kill_proof.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "--kills", "3", "--epochs", "8"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("3 kills") and "bit for bit" in done.stdout
