@@ -3,10 +3,11 @@
 from fastskel.cli_evaluate.frozen import knn, linear
 from fastskel.cli_evaluate.fusion import fusion
 from fastskel.cli_evaluate.options import Command, Data, Run, chosen_split
+from fastskel.cli_evaluate.retrieval import retrieval
 
 __all__ = ["Command", "Data", "Run", "chosen_split", "evaluate_commands"]
 
 
 def evaluate_commands() -> dict[str, Command]:
     """Commands by the name of their task."""
-    return {"knn": knn, "linear": linear, "fusion": fusion}
+    return {"knn": knn, "linear": linear, "retrieval": retrieval, "fusion": fusion}

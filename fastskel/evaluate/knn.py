@@ -1,10 +1,4 @@
-r"""Cosine k-nearest-neighbour classification by blocked matrix products; k = 1 is the retrieval of USDRL.
-
-Similarities are products of unit vectors in float64, rounded to multiples of 2^-30: finer than what float32 features
-resolve, coarser than what the summation order changes, so that equal vectors are equal wherever they stand in a block.
-A similarity s of training row i becomes the integer round(s 2^30) 2^32 + (2^32 - 1 - i). These keys are unique and in
-the order of neighbours: larger similarity first, lower training row first among equals. Block sizes therefore cannot
-change a result.
+"""Cosine k-nearest-neighbour classification over the exact search of `search`; k = 1 is the retrieval of USDRL.
 
 Classes are ranked by votes among the k neighbours, then by the sum of these votes' similarities (the smallest summed
 distance), then by their nearest sample. A zero vector has similarity 0 with everything.
@@ -15,96 +9,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastskel.evaluate.search import LOWEST, CosineSearch, rows_of, similarities_of, steps_of
+
 __all__ = ["knn_neighbours", "knn_predict", "knn_rank"]
 
-# what float32 unit vectors resolve is 2^-24; float64 products of them are good to about 2^-50
-SCALE = 2**30
-LOW = 2**32
-LOWEST = torch.iinfo(torch.int64).min
-# training rows per block for each test row of a block: normalising a block must cost little beside multiplying it
-TRAIN_BLOCK = 4
-
-
-def _check_rows(function: str, name: str, rows: Tensor) -> None:
-    if rows.dim() != 2 or not rows.is_floating_point():
-        raise ValueError(
-            f"{function}: {name} must be floating-point (N, F), got {rows.dtype} of shape {tuple(rows.shape)}. "
-            "Pass one feature row per sample."
-        )
-    if rows.shape[0] == 0:
-        raise ValueError(f"{function}: {name} must have rows, got none. Check the split.")
-    bad = (~torch.isfinite(rows)).any(1).nonzero()
-    if bad.numel():
-        raise ValueError(
-            f"{function}: {name} must be finite, got {rows[int(bad[0])][~torch.isfinite(rows[int(bad[0])])][0].item()} "
-            f"in row {int(bad[0])}. Check the encoder's weights and its input."
-        )
-
-
-def _check(function: str, train_x: Tensor, test_x: Tensor, k: int, block_rows: int) -> None:
-    _check_rows(function, "train_x", train_x)
-    _check_rows(function, "test_x", test_x)
-    if train_x.shape[1] != test_x.shape[1]:
-        raise ValueError(
-            f"{function}: test_x must have the width of train_x, got {test_x.shape[1]} and {train_x.shape[1]}. "
-            "Extract both with the same encoder."
-        )
-    if not 1 <= k <= train_x.shape[0]:
-        raise ValueError(f"{function}: k must lie in 1..{train_x.shape[0]} (training rows), got {k}. Lower k.")
-    if train_x.shape[0] >= LOW:
-        raise ValueError(f"{function}: train_x must have fewer than 2**32 rows, got {train_x.shape[0]}. Use a subset.")
-    if block_rows < 1:
-        raise ValueError(f"{function}: block_rows must be at least 1, got {block_rows}. Leave it at its default.")
-
-
-def _unit(rows: Tensor, device: torch.device | str) -> Tensor:
-    rows = rows.to(device, torch.float64)
-    # scaling by the largest entry first keeps the squares of huge and of tiny features inside of float64
-    largest = rows.abs().amax(1, keepdim=True)
-    rows = rows / torch.where(largest > 0, largest, 1.0)
-    norm = rows.square().sum(1, keepdim=True).sqrt()
-    return rows / torch.where(norm > 0, norm, 1.0)
+# neighbours looked at first for each class to rank, and how many times more where they are of too few classes
+NEAR_PER_CLASS, MORE = 8, 8
 
 
 def _search(
-    train_x: Tensor, test_x: Tensor, k: int, block_rows: int, device: torch.device | str, classes: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Keys of the k nearest, (N, k), and, given the training rows' classes, of the nearest of each class, (N, K)."""
-    num_train, num_test = train_x.shape[0], test_x.shape[0]
-    top = torch.full((num_test, k), LOWEST, dtype=torch.int64, device=device)
-    best = None
-    if classes is not None:
-        classes = classes.to(device)
-        best = torch.full((num_test, int(classes.max()) + 1), LOWEST, dtype=torch.int64, device=device)
-    train_rows = TRAIN_BLOCK * block_rows
-    for begin in range(0, num_train, train_rows):
-        train = _unit(train_x[begin : begin + train_rows], device)
-        low = LOW - 1 - torch.arange(begin, begin + train.shape[0], device=device)
-        for start in range(0, num_test, block_rows):
-            part = slice(start, start + block_rows)
-            similarity = _unit(test_x[part], device) @ train.T
-            keys = similarity.mul_(SCALE).round_().to(torch.int64).mul_(LOW).add_(low)
-            nearest = keys.topk(min(k, keys.shape[1]), dim=1).values
-            top[part] = torch.cat([top[part], nearest], 1).topk(k, dim=1).values
-            if best is not None and classes is not None:
-                column = classes[begin : begin + train_rows].expand(keys.shape[0], -1)
-                best[part] = best[part].scatter_reduce(1, column, keys, "amax")
-    return top, best
+    function: str, train_x: Tensor, test_x: Tensor, k: int, block_rows: int, device: torch.device | str
+) -> CosineSearch:
+    if len(test_x) == 0:
+        raise ValueError(f"{function}: test_x must have rows, got none. Check the split.")
+    if not 1 <= k <= max(1, len(train_x)):
+        raise ValueError(f"{function}: k must lie in 1..{len(train_x)} (training rows), got {k}. Lower k.")
+    return CosineSearch(train_x, block_rows=block_rows, device=device, function=function, name="train_x")
 
 
-def _rank(top: Tensor, classes: Tensor, num_classes: int, best: Tensor | None) -> Tensor:
-    """Class numbers in order of votes, summed similarity, nearest sample: (N, K)."""
-    own = classes.to(top.device)[LOW - 1 - (top & (LOW - 1))]
-    votes = torch.zeros(top.shape[0], num_classes, dtype=torch.int64, device=top.device)
-    total = votes.scatter_add(1, own, top >> 32)
-    votes = votes.scatter_add(1, own, torch.ones_like(own))
-    if best is None:
-        # a class with a vote has its nearest sample among the neighbours; the others are not asked for
-        best = torch.full_like(votes, LOWEST).scatter_reduce(1, own, top, "amax")
+def _rank(near: Tensor, k: int, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Class numbers in order of votes of the first k of keys (N, R), summed similarity, nearest sample.
+
+    Returns:
+        Class numbers, (N, K), and how many of them have a sample among the R, (N,): only these are in order.
+    """
+    own = classes.to(near.device)[rows_of(near)]
+    votes = torch.zeros(len(near), num_classes, dtype=torch.int64, device=near.device)
+    total = votes.scatter_add(1, own[:, :k], steps_of(near[:, :k]))
+    best = torch.full_like(votes, LOWEST).scatter_reduce(1, own, near, "amax")
+    votes = votes.scatter_add(1, own[:, :k], torch.ones_like(own[:, :k]))
     order = best.argsort(dim=1, descending=True, stable=True)
     for value in (total, votes):
         order = order.gather(1, value.gather(1, order).argsort(dim=1, descending=True, stable=True))
-    return order
+    return order, (best > LOWEST).sum(1)
 
 
 def knn_neighbours(
@@ -123,10 +60,9 @@ def knn_neighbours(
     Raises:
         ValueError: On shapes, widths, k, and rows that are not finite.
     """
-    _check("knn_neighbours", train_x, test_x, k, block_rows)
-    top, _ = _search(train_x, test_x, k, block_rows, device, None)
-    top = top.cpu()
-    return (top >> 32).to(torch.float64) / SCALE, LOW - 1 - (top & (LOW - 1))
+    search = _search("knn_neighbours", train_x, test_x, k, block_rows, device)
+    top = search.nearest(test_x, k, name="test_x").cpu()
+    return similarities_of(top), rows_of(top)
 
 
 def _classes(function: str, train_x: Tensor, train_y: Tensor, metric: str) -> tuple[Tensor, Tensor]:
@@ -170,10 +106,11 @@ def knn_predict(
         ValueError: On shapes, widths, k, the metric, and rows that are not finite.
     Source: action retrieval of USDRL is k = 1.
     """
-    _check("knn_predict", train_x, test_x, k, block_rows)
+    search = _search("knn_predict", train_x, test_x, k, block_rows, device)
     values, inverse = _classes("knn_predict", train_x, train_y, metric)
-    top, _ = _search(train_x, test_x, k, block_rows, device, None)
-    return values[_rank(top, inverse, len(values), None)[:, 0].cpu()]
+    # a class with a vote has its nearest sample among the neighbours
+    order, _ = _rank(search.nearest(test_x, k, name="test_x"), k, inverse, len(values))
+    return values[order[:, 0].cpu()]
 
 
 def knn_rank(
@@ -201,9 +138,18 @@ def knn_rank(
     Raises:
         ValueError: On shapes, widths, k, num_ranked, and rows that are not finite.
     """
-    _check("knn_rank", train_x, test_x, k, block_rows)
+    search = _search("knn_rank", train_x, test_x, k, block_rows, device)
     if num_ranked < 1:
         raise ValueError(f"knn_rank: num_ranked must be at least 1, got {num_ranked}. Pass 5 for top-5.")
     values, inverse = _classes("knn_rank", train_x, train_y, "cosine")
-    top, best = _search(train_x, test_x, k, block_rows, device, inverse)
-    return values[_rank(top, inverse, len(values), best)[:, :num_ranked].cpu()]
+    num_ranked = min(num_ranked, len(values))
+    ranking = torch.empty(len(test_x), num_ranked, dtype=torch.int64)
+    left, reach = torch.arange(len(test_x)), max(k, NEAR_PER_CLASS * num_ranked)
+    while len(left):
+        reach = min(reach, len(train_x))
+        rows = test_x if len(left) == len(test_x) else test_x[left]
+        order, num_met = _rank(search.nearest(rows, reach, name="test_x"), k, inverse, len(values))
+        ranking[left] = order[:, :num_ranked].cpu()
+        left = left[(num_met < num_ranked).cpu()]
+        reach *= MORE
+    return values[ranking]

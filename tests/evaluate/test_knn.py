@@ -113,6 +113,18 @@ def test_rank_begins_with_the_prediction(k: int, block_rows: int) -> None:
     assert ranking.sort(1).values.tolist() == [list(range(6))] * 31
 
 
+@pytest.mark.parametrize("num_near", [39, 40, 500, 2900], ids=str)
+def test_rank_finds_classes_behind_many_rows_of_one(num_near: int) -> None:
+    # class 7 lies around the queries, the others follow in the order 3 1 9 5, on both sides
+    place = torch.tensor([7] * num_near + [3, 1, 9, 5] * 10)
+    angle = torch.cat([torch.linspace(0.0, 0.5, num_near), torch.linspace(0.6, 1.5, 40)])
+    order = torch.randperm(len(place), generator=torch.Generator().manual_seed(0))
+    train_x = torch.stack([angle.cos(), angle.sin()], 1)[order]
+    test_x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
+    ranking = knn_rank(train_x, place[order], test_x, 1, num_ranked=5)
+    assert ranking.tolist() == [[7, 3, 1, 9, 5], [7, 3, 1, 9, 5], [5, 9, 1, 3, 7]]
+
+
 def test_errors() -> None:
     x, y = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
     bad = x.clone()
