@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import os
 import shutil
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from fastskel.bench.harness import append_rows, device_name, origin
 
 from fastskel import _native
+from fastskel.train.utilisation import DTYPES, product_of, product_speed, seconds_of
 
 __all__ = ["cache_bytes", "describe", "main", "measure"]
 
@@ -36,29 +36,11 @@ FIRST_MATRIX, MATRIX, PRODUCT_S = 256, 8192, 0.5
 # larger than any cache that is not told of; a copy leaves most of the memory free
 COPY_BYTES, COPY_SHARE, CACHES = 1 << 30, 8, 8
 QUICK_MATRIX, QUICK_COPY_BYTES = 256, 1 << 20
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # the first GPU with products of 8-bit floats
 FP8_CAPABILITY = (8, 9)
 QUERY_S = 20
 GIB = 1 << 30
 UNKNOWN = "not readable"
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median seconds of a call, after one that is not counted."""
-    durations = []
-    for _ in range(repeats + 1):
-        _wait(device)
-        begin = time.perf_counter()
-        call()
-        _wait(device)
-        durations.append(time.perf_counter() - begin)
-    return statistics.median(durations[1:])
 
 
 @contextlib.contextmanager
@@ -72,27 +54,13 @@ def _products_in(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _product(size: int, name: str, device: torch.device) -> Callable[[], Any]:
-    """Make a product of square matrices; "tf32" multiplies fp32, "fp8" e4m3 with one scale for each matrix."""
-    a = torch.randn(size, size, device=device)
-    if name == "fp8":
-        left, one = a.to(torch.float8_e4m3fn), torch.ones((), device=device)
-        # the second matrix lies by columns
-        return lambda: torch._scaled_mm(left, left.t(), one, one, out_dtype=torch.bfloat16)
-    a = a.to(DTYPES.get(name, torch.float32))
-    out = torch.empty_like(a)
-    return lambda: torch.mm(a, a, out=out)
-
-
 def _matmul(name: str, device: torch.device, quick: bool) -> tuple[float, int]:
     """TFLOP/s of products of one type, and their size."""
     size, most = (QUICK_MATRIX, QUICK_MATRIX) if quick else (FIRST_MATRIX, MATRIX)
     with _products_in("high" if name == "tf32" else "highest"):
-        # eight times the work for twice the size
-        while size < most and 8 * _seconds(_product(size, name, device), device, 1) < PRODUCT_S:
-            size *= 2
-        seconds = _seconds(_product(size, name, device), device, REPEATS)
-    return 2 * size**3 / seconds / 1e12, size
+        make = functools.partial(product_of, name=name, device=device)
+        speed, size = product_speed(make, device, first=size, most=most, limit_s=PRODUCT_S, repeats=REPEATS)
+    return speed / 1e12, size
 
 
 def _matmuls(device: torch.device, quick: bool) -> Facts:
@@ -117,7 +85,7 @@ def _copies(device: torch.device, quick: bool, largest_cache: int, memory: float
     threads = torch.get_num_threads()
 
     def rate() -> float:
-        return 2 * num_bytes / _seconds(lambda: target.copy_(source), device, REPEATS) / 1e9
+        return 2 * num_bytes / seconds_of(lambda: target.copy_(source), device, REPEATS) / 1e9
 
     found: Facts = {"copy_bytes": num_bytes, "copy_gb_per_s": rate(), "copy_one_thread_gb_per_s": None}
     if device.type == "cpu":

@@ -267,7 +267,7 @@ def step_times(counts: Counts, stage: Stage, machine: Machine, workload: Workloa
     """Predict the times of a step over views (n, T, M, V, C) from its counts."""
     products = moving = last_backward = 0.0
     for phase, (times, entries) in counts.phases.items():
-        low = stage.precision == "bf16" and phase not in ("loss", "optimiser")
+        low = stage.precision != "fp32" and phase not in ("loss", "optimiser")
         rate = machine.bf16 if low else machine.fp32
         own = [max(e.flops / rate, e.bytes / machine.copy) / workload.fill for e in entries]
         products += times * sum(s for s, e in zip(own, entries, strict=True) if e.is_product)

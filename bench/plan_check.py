@@ -73,7 +73,7 @@ def make_step(stage: Stage, world: int = 1) -> tuple[Callable[[], None], Callabl
     batches = make_chunks(stage, rows, chunk)
     gradients = choose_gradients(
         encoder, objective, num_rows=rows, num_chunks=len(batches), synchronise_norms=stage.synchronise_norms,
-        autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=stage.precision == "bf16"),
+        autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=stage.precision != "fp32"),
     )  # fmt: skip
     optimizer = build_optimizer(stage, objective.param_groups(encoder))
 

@@ -264,7 +264,7 @@ def count_step(stage: Stage, world: int = 1, *, gpu: bool = True) -> Counts:
 
 
 def _count(stage: Stage, encoder: Any, objective: Any, found: Counts, world: int) -> None:
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=stage.precision == "bf16")
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=stage.precision != "fp32")
     repeats = found.rows / found.chunk_rows
     batch = _views(stage, found.chunk_rows)
     counter, live = Counter(), Live()

@@ -50,6 +50,7 @@ PANELS = {
     "gradient_norm": "norm of the gradient",
     **dict.fromkeys(RATES, "learning rate"),
     "samples_per_s": "samples a second",
+    "mfu": "model FLOPs utilisation",
     "data_stall": "share of time waiting for data",
 }
 TERMS = "terms of the loss"

@@ -217,6 +217,23 @@ class USDRLBackbone(Encoder):
                 f"got {tuple(clips.shape)}. Build the encoder for this topology, bodies and length."
             )
 
+    @abc.abstractmethod
+    def layers_flops(self, num_tokens: int) -> int:
+        """Operations of the matrix products of one stream's layers, as published, over tokens (1, S, D)."""
+
+    def model_flops(self, frames: int, *, backward: bool = False) -> int:
+        """Count the operations of the published model for one view (1, T, M, V, C).
+
+        Gradients are twice the forward pass, but for the first linear of each embedding, whose input has none.
+        """
+        _, bodies, joints, channels = self.shape
+        width = self.num_token_features
+        total = first = 0
+        for num_tokens, features in ((frames, bodies * joints * channels), (bodies * joints, frames * channels)):
+            first += 2 * num_tokens * features * width
+            total += 2 * num_tokens * width**2 + self.layers_flops(num_tokens)
+        return 3 * total + 2 * first if backward else total + first
+
     def forward(self, view: View, *, token_mask: Tensor | None = None, mode: str | None = None) -> Features:
         """Encode one view of clips (N, T, M, V, C); `token_mask` and `mode` are refused.
 

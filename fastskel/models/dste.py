@@ -87,6 +87,15 @@ class DSTE(USDRLBackbone):
         found = [self.get_submodule(f"{stream}{number or ''}") for number in range(self.num_layers)]
         return cast("list[DSTLayer]", found)
 
+    def layers_flops(self, num_tokens: int) -> int:
+        """Operations of the matrix products of one stream's layers, as published, over tokens (1, S, D).
+
+        Of a token 25 D^2 multiplications: four projections of three attentions, the convolution, and three MLPs; then scores and
+        sums of three attentions, and two linears over the tokens.
+        """
+        width = self.num_token_features
+        return self.num_layers * 2 * (25 * num_tokens * width**2 + 8 * num_tokens**2 * width)
+
     def _drops(self, rows: int, view: View | None, tokens: Tensor) -> tuple[list[LayerDrops], list[LayerDrops]]:
         if not self.training or self.drop_path == 0.0:
             return ([NO_DROPS] * self.num_layers,) * 2

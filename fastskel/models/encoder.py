@@ -78,6 +78,18 @@ class Encoder(nn.Module, abc.ABC):
             ValueError: On shapes, masks or modes that the encoder does not support.
         """
 
+    def model_flops(self, frames: int, *, backward: bool = False) -> int | None:
+        """Count the operations of the matrix products that the model's definition has for one view (1, T, M, V, C).
+
+        A multiplication and its addition are two. What an implementation saves, or computes twice, does not count.
+
+        Args:
+            frames: T.
+            backward: Count the gradients of parameters too.
+        Returns:
+            Operations; None, as here, where an encoder does not say.
+        """
+        return None
 
     def optimize_for_inference(self, dtype: torch.dtype | None = None) -> Self:
         """Copy the encoder of views (N, T, M, V, C) for inference: in evaluation mode, without gradients.

@@ -48,6 +48,7 @@ class STTR(USDRLBackbone):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__(num_joints, num_bodies, num_frames, num_channels, width)
         self.config = config
+        self.num_layers = num_layers
         if num_heads < 1 or width % num_heads or num_layers < 1:
             raise ValueError(
                 f"STTR: num_heads must divide width {width} and num_layers be at least 1, got {num_heads} and "
@@ -57,6 +58,14 @@ class STTR(USDRLBackbone):
             first = PostNormLayer(width, num_heads)
             self.add_module(name, PostNormStack(copy.deepcopy(first) for _ in range(num_layers)))
         initialise(self, init)
+
+    def layers_flops(self, num_tokens: int) -> int:
+        """Operations of the matrix products of one stream's layers, as published, over tokens (1, S, D).
+
+        Of a token 6 D^2 multiplications: four projections and the MLP; then scores and sums.
+        """
+        width = self.num_token_features
+        return self.num_layers * 2 * (6 * num_tokens * width**2 + 2 * num_tokens**2 * width)
 
     def transform(self, temporal: Tensor, spatial: Tensor, view: View | None) -> tuple[Tensor, Tensor]:
         """Transform embedded tokens (N, T, D) and (N, M*V, D) to features of the same shapes."""

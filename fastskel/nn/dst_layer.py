@@ -21,7 +21,7 @@ from fastskel.nn.kernel_choice import KernelChoice, choose_kernels
 from fastskel.nn.memory import MemoryMode, check_memory, keeps_converted
 from fastskel.nn.mlp import MLP
 from fastskel.nn.plain import check_plain
-from fastskel.nn.precision import Precision, precision_of, without_autocast
+from fastskel.nn.precision import Precision, computing, precision_of, without_autocast
 from fastskel.nn.projections import Attention, MergeCache, MergingLayer, Projections, projections_of
 
 __all__ = ["ConvAttention", "DSTLayer", "DenseShiftAttention", "FrozenDSTLayer"]
@@ -207,7 +207,7 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, drops: LayerDrops, spec: LayerSpec, *parameters: Tensor
     ) -> Tensor:
-        with without_autocast(x.device):
+        with computing(spec.precision, x.device):
             prepared = fn.prepare(Weights(*parameters), spec.precision)
             y, xb, kept = passes(spec).forward(x.to(spec.precision.residual), prepared, drops, spec)
         if any(ctx.needs_input_grad):
@@ -227,7 +227,7 @@ class _Layer(torch.autograd.Function):
         kept, parameters, converted = Kept(*rest[:first]), Weights(*rest[first:second]), rest[second:]
         spec, drops = ctx.spec, ctx.drops
         need = [name for name, wanted in zip(Weights._fields, ctx.needs_input_grad[3:], strict=True) if wanted]
-        with without_autocast(xb.device):
+        with computing(spec.precision, xb.device):
             prepared = Weights(*converted) if converted else fn.prepare(parameters, spec.precision)
             if kept.ca is None:
                 again = spec._replace(memory="lean")

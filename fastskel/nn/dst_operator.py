@@ -66,7 +66,8 @@ def dst_layer(x: Tensor, weights: Weights, drops: LayerDrops, spec: LayerSpec, *
 
 def _flat(spec: LayerSpec) -> tuple[Any, ...]:
     rest = (spec.alpha, spec.gap, spec.eps, spec.memory, spec.kernels)
-    return (*spec.attention, *spec.precision, *rest)
+    # compiled code has no fp8
+    return (*spec.attention, *spec.precision[:3], *rest)
 
 
 def _spec(

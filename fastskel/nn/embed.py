@@ -183,7 +183,7 @@ class _Embed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         xb, h, *parameters = ctx.saved_tensors
-        compute, _, wide = ctx.precision
+        compute, _, wide = ctx.precision[:3]
         need_x, _, _, _, *need = ctx.needs_input_grad
         with without_autocast(xb.device):
             w = _prepare(_Weights(*parameters), ctx.precision)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from fastskel.nn.fp8 import fp8_active, fp8_product
+
 __all__ = ["linear", "linear_grads", "matmul", "onednn_available", "relu_grad", "weight_grad"]
 
 Activation = Literal["none", "relu"]
@@ -53,8 +55,11 @@ def _through_onednn(x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation = "none") -> Tensor:
     """Return `activation(x weight' + bias)` for x (.., I), weight (O, I) of any strides, bias (O,), all of one type."""
+    if fp8_active():
+        out: Tensor = fp8_product(x, weight, bias, "forward")
+        return out.relu_() if activation == "relu" else out
     if _through_onednn(x):
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
+        out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
         return out
     if activation == "relu" and bias is not None and x.is_cuda:
         # cuBLAS rectifies what it has just summed: no pass of its own
@@ -65,7 +70,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return `a b` for a (.., K) and b (K, O)."""
+    """Return `a b` for a (.., K) and b (K, O); in layers a is a gradient."""
+    if fp8_active():
+        return fp8_product(a, b.mT, None, "backward")
     return linear(a, b.mT)
 
 

@@ -21,7 +21,7 @@ from fastskel.nn.kernel_choice import KernelChoice, choose_kernels
 from fastskel.nn.memory import MemoryMode, check_memory, keeps_converted
 from fastskel.nn.norm import fold, normalise, normalise_grad, unfold
 from fastskel.nn.plain import check_plain
-from fastskel.nn.precision import Precision, precision_of, without_autocast
+from fastskel.nn.precision import Precision, computing, precision_of, without_autocast
 from fastskel.nn.projections import Attention, MergeCache, MergingLayer, Projections, projections_of
 
 __all__ = ["FrozenPostNormLayer", "PostNormLayer", "PostNormStack"]
@@ -227,7 +227,7 @@ def _forward(x: Tensor, w: _Weights, spec: _Spec) -> tuple[Tensor, Tensor, _Kept
 def _backward(
     grad: Tensor, xb: Tensor, kept: _Kept, w: _Weights, spec: _Spec, need: dict[str, bool]
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
-    compute, residual, wide = spec.precision
+    compute, residual, wide = spec.precision[:3]
     _, p, norm1, rstd1, hidden, norm2, rstd2 = kept
     assert norm1 is not None and rstd1 is not None and hidden is not None and norm2 is not None and rstd2 is not None
     got: dict[str, Tensor | None] = {}
@@ -257,7 +257,7 @@ def _backward(
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: _Spec, *parameters: Tensor) -> Tensor:
-        with without_autocast(x.device):
+        with computing(spec.precision, x.device):
             prepared = _prepare(_Weights(*parameters), spec.precision)
             y, xb, kept = _forward(x.to(spec.precision.residual), prepared, spec)
         if any(ctx.needs_input_grad):
@@ -277,7 +277,7 @@ class _Layer(torch.autograd.Function):
         kept, w, converted = _Kept(*rest[:first]), _Weights(*rest[first:second]), rest[second:]
         spec, needed = ctx.spec, ctx.needs_input_grad[2:]
         need = dict(zip(_Weights._fields, needed, strict=True))
-        with without_autocast(xb.device):
+        with computing(spec.precision, xb.device):
             prepared = _Weights(*converted) if converted else _prepare(w, spec.precision)
             if kept.norm1 is None:
                 _, xb, kept = _forward(xb.to(spec.precision.residual), prepared, spec._replace(memory="lean"))

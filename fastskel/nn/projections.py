@@ -220,10 +220,12 @@ class MergingLayer(nn.Module):
     """A layer over tokens (N, S, D) around one attention whose projections can be merged.
 
     Attributes:
+        multiplies_in_fp8: Whether its linear maps follow `fp8_products`.
         merged: What is kept of merging.
         least_tokens: Tokens, as a share of D, from which merging repays its six D^3 products in training.
     """
 
+    multiplies_in_fp8 = True
     merged: MergeCache
     least_tokens: float
 

@@ -58,7 +58,8 @@ class USDRLRecipe:
         lr_final: Share of the learning rate that the cosine ends at.
         warmup_steps: Steps over which the learning rate rises linearly.
         average: Decay per step of a running average of the weights, 0 for none.
-        precision: Compute type of encoder and projectors; losses are at least fp32.
+        precision: Compute type of encoder and projectors; losses are at least fp32. fp8 is bf16 with products of 8 bits in
+            the layers.
         synchronise_norms: BatchNorm of the projectors over all processes instead of over each.
         seed: Key of every random draw.
         num_threads: Loader threads; batches do not depend on it.

@@ -8,13 +8,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["FAILED", "STOPPED_STATUS", "Beat", "Heartbeat", "behind"]
+__all__ = ["FAILED", "STOPPED_STATUS", "Beat", "Heard", "Heartbeat", "behind"]
 
 # where the store holds the word of the process that failed first
 FAILED = "fastskel-failed"
@@ -51,18 +51,38 @@ class Beat(NamedTuple):
     pid: int
 
 
-def behind(beats: Sequence[Beat], silent: Sequence[float], own: int) -> list[str]:
+class Heard(NamedTuple):
+    """What is known of a process.
+
+    Attributes:
+        beat: Its last word; None before the first.
+        at: When that was new, by this process's clock.
+        moved: When it was found to have passed another place.
+    """
+
+    beat: Beat | None
+    at: float
+    moved: float
+
+
+def behind(
+    beats: Sequence[Beat | None], silent: Sequence[float], own: int, going: Collection[int] = frozenset()
+) -> list[str]:
     """Name the processes that rank `own` waits for: those that passed fewer places, and those that say nothing any more.
 
     Args:
-        beats: Last words by rank.
+        beats: Last words by rank, None of who never said one.
         silent: Seconds since each said something new, 0 for those that do.
         own: Rank that asks, and is never named.
+        going: Ranks that are slower and go on; they are named if they are silent.
     """
-    named = []
+    named, asking = [], beats[own]
+    assert asking is not None
     for rank, (beat, seconds) in enumerate(zip(beats, silent, strict=True)):
-        if rank != own and (beat.marks < beats[own].marks or seconds):
-            since = f", silent for {seconds:.0f} s" if seconds else ""
+        since = f", silent for {seconds:.0f} s" if seconds else ""
+        if beat is None:
+            named += [f"rank {rank} (which never said where it runs{since})"] if seconds else []
+        elif rank != own and (seconds or (beat.marks < asking.marks and rank not in going)):
             named.append(f"rank {rank} (host {beat.host}, process {beat.pid}: {beat.doing} in step {beat.step}{since})")
     return named
 
@@ -72,7 +92,8 @@ class Heartbeat:
 
     One thread speaks to the store, another looks at the clock: a store whose process hangs does not answer, and must not keep
     the second from saying so. The one that looks ends the process without cleaning up, as the main thread waits within torch
-    and cannot be woken; checkpoints and log are made for that. A process that no other is behind goes on waiting.
+    and cannot be woken; checkpoints and log are made for that. A process that no other is behind goes on waiting, and so does
+    one that waits for a slower one which goes on, until torch's own patience is almost over.
 
     Args:
         store: Shared by the processes; connections of their own are made. None where a process is alone, and nothing is done.
@@ -85,8 +106,10 @@ class Heartbeat:
         self._marks, self._step, self._number = 0, 0, 0
         self._place = (0, "starts", 0, time.monotonic(), LONG_PATIENCE_SECONDS)
         self._over = threading.Event()
-        self._seen: dict[int, tuple[Beat, float]] = {}
-        self._read_at = 0.0
+        self._host = socket.gethostname()
+        began = time.monotonic()
+        self._seen = {other: Heard(None, began, began) for other in range(world)}
+        self._read_at = began
         self._threads: list[threading.Thread] = []
         if store is None:
             return
@@ -120,7 +143,7 @@ class Heartbeat:
 
     def _beat(self) -> Beat:
         marks, doing, step, _, _ = self._place
-        return Beat(self._number, marks, doing, step, socket.gethostname(), os.getpid())
+        return Beat(self._number, marks, doing, step, self._host, os.getpid())
 
     def _key(self, rank: int) -> str:
         return f"fastskel-beat/{rank}"
@@ -139,12 +162,16 @@ class Heartbeat:
                     self._hear()
 
     def _hear(self) -> None:
-        said = self._store.multi_get([self._key(rank) for rank in range(self.world)])
+        # who asks for a word that was not said yet waits for it, and would be silent meanwhile itself
+        there = [rank for rank, heard in self._seen.items() if heard.beat or self._store.check([self._key(rank)])]
+        said = self._store.multi_get([self._key(rank) for rank in there])
         now = time.monotonic()
-        for rank, text in enumerate(said):
-            beat = Beat(*json.loads(text))
-            if rank not in self._seen or self._seen[rank][0].number != beat.number:
-                self._seen[rank] = (beat, now)
+        for rank, text in zip(there, said, strict=True):
+            beat, before = Beat(*json.loads(text)), self._seen[rank]
+            if before.beat is None or before.beat.marks != beat.marks:
+                self._seen[rank] = Heard(beat, now, now)
+            elif before.beat.number != beat.number:
+                self._seen[rank] = Heard(beat, now, before.moved)
         self._read_at = now
 
     def _look(self) -> None:
@@ -156,21 +183,27 @@ class Heartbeat:
                 # this process was stopped itself, and hears first how the others are
                 awake = now
             before = now
-            _, _, _, since, patience = self._place
-            if now - max(since, awake) > patience:
-                named = self._missing(now)
-                if named:
+            place = self._place
+            _, _, _, since, patience = place
+            waited = now - max(since, awake)
+            if waited > patience:
+                named = self._missing(now, waited, patience)
+                # not where it went on, or ended, while the others were looked at
+                if named and self._place is place and not self._over.is_set():
                     self._end(named, now - since)
 
-    def _missing(self, now: float) -> str:
-        """Name whom this process waits for; empty if that is nobody."""
+    def _missing(self, now: float, waited: float, patience: float) -> str:
+        """Name whom this process has waited for, that many seconds; empty if that is nobody."""
         limit = MISSED_BEATS * BEAT_SECONDS
         if now - self._read_at > limit:
             return "the process that holds the store (torchrun's on the first machine, else rank 0), which does not answer"
         heard = [self._seen[rank] for rank in range(self.world)]
-        beats = [self._beat() if rank == self.rank else beat for rank, (beat, _) in enumerate(heard)]
-        silent = [now - at if now - at > limit else 0.0 for _, at in heard]
-        return ", ".join(behind(beats, silent, self.rank))
+        beats = [self._beat() if rank == self.rank else one.beat for rank, one in enumerate(heard)]
+        silent = [now - one.at if now - one.at > limit else 0.0 for one in heard]
+        # torch's patience ends without a name
+        last = waited > LONG_PATIENCE_SECONDS
+        going = {rank for rank, one in enumerate(heard) if now - one.moved <= patience and not last}
+        return ", ".join(behind(beats, silent, self.rank, going))
 
     def _end(self, named: str, seconds: float) -> NoReturn:
         _, doing, step, _, _ = self._place
@@ -178,15 +211,19 @@ class Heartbeat:
             f"TrainingStopped: pretrain: all processes must go on, got no progress of {named}. Rank {self.rank} waited "
             f"{seconds:.0f} s ({doing} in step {step}). Look at that machine, then resume.\n"
         )
-        os.write(2, text.encode())
-        self._within(BEAT_SECONDS, lambda: self._farewell.compare_set(FAILED, "", f"rank {self.rank}, which waited for {named}"))
-        os._exit(STOPPED_STATUS)
+        word = f"rank {self.rank}, which waited for {named}"
+        # nothing may keep it from ending: no pipe that nobody reads, no full disk, no dead store
+        try:
+            self._within(BEAT_SECONDS, lambda: os.write(2, text.encode()))
+            self._within(BEAT_SECONDS, lambda: self._farewell.compare_set(FAILED, "", word))
+        finally:
+            os._exit(STOPPED_STATUS)
 
     def _within(self, seconds: float, work: Callable[[], object]) -> None:
-        """Give up on what a dead store may hold."""
+        """Give up on what a dead store or reader may hold."""
 
         def quietly() -> None:
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, OSError):
                 work()
 
         thread = threading.Thread(target=quietly, daemon=True)

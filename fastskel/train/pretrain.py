@@ -21,10 +21,12 @@ from fastskel.data.loader import Loader, num_chunks
 from fastskel.data.packed import PackedDataset
 from fastskel.dist import exchange, rank_and_world
 from fastskel.models.encoder import ENCODERS, Encoder
+from fastskel.nn.fp8 import check_fp8
 from fastskel.objectives.objective import OBJECTIVES, Objective
 from fastskel.train.checkpoint import Checkpoint, newest, read_checkpoint
 from fastskel.train.checkpoint_writer import CheckpointWriter
 from fastskel.train.chunked import Gradients, Outcome, choose_gradients
+from fastskel.train.device import mixed_precision
 from fastskel.train.heartbeat import Heartbeat
 from fastskel.train.optimiser import Average, build_optimizer
 from fastskel.train.preemption import Preempted, StopRequest, stop_on_signals
@@ -33,12 +35,16 @@ from fastskel.train.record import create_record, has_record, note_resumed, origi
 from fastskel.train.run import Run
 from fastskel.train.runlog import RunLog
 from fastskel.train.stage import Stage, describe
+from fastskel.train.utilisation import utilisation_of
 from fastskel.train.watch import Watch, figures_of
 
 __all__ = ["Monitor", "Preempted", "TrainingStopped", "pretrain", "start"]
 
 # below this mean deviation over the batch all embeddings are one point: nothing is left to learn from
 COLLAPSED_DEVIATION = 1e-5
+
+# a terminal that has room for more than loss and speed beside the bar
+WIDE_COLUMNS = 120
 
 # called at the end of each epoch with (encoder in eval mode, epoch); returns named figures for the log
 Monitor = Callable[[Encoder, int], Mapping[str, float]]
@@ -81,7 +87,9 @@ def _build(stage: Stage, dataset: PackedDataset, indices: NDArray[np.int64] | No
 
 def _choose_gradients(run: Run, device: torch.device) -> Gradients:
     rows = run.loader.batch_size
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=run.stage.precision == "bf16")
+    if run.stage.precision == "fp8":
+        check_fp8(run.encoder, device)
+    autocast = functools.partial(mixed_precision, run.stage.precision, device)
     return choose_gradients(
         run.encoder, run.objective, num_rows=rows, num_chunks=num_chunks(rows, run.chunk), autocast=autocast,
         synchronise_norms=run.stage.synchronise_norms,
@@ -153,6 +161,14 @@ def _saved(run: Run, writer: CheckpointWriter | None, log: RunLog | None, comple
     return path
 
 
+def _shown(figures: Mapping[str, float], times: Mapping[str, Any]) -> dict[str, str]:
+    """What the progress bar tells; utilisation where there is room."""
+    shown = {"loss": f"{figures['loss']:.3f}", "samples_per_s": f"{times['samples_per_s']:.0f}"}
+    if "mfu" in times and shutil.get_terminal_size().columns >= WIDE_COLUMNS:
+        shown["mfu"] = f"{times['mfu']:.0%}"
+    return shown
+
+
 def _train(
     run: Run,
     writer: CheckpointWriter | None,
@@ -185,7 +201,7 @@ def _train(
                 times = watch.figures(run.step, stage.batch_size)
                 if log is not None:
                     log.write({"step": run.step, "epoch": epoch, "lr": lr, **times, **figures})
-                bar.set_postfix(loss=f"{figures['loss']:.3f}", samples_per_s=f"{times['samples_per_s']:.0f}", refresh=False)
+                bar.set_postfix(_shown(figures, times), refresh=False)
             # before the next one's are made
             del found
             run.optimizer.step()
@@ -306,6 +322,7 @@ def _pretrain(
         on_first(lambda: create_record(folder, about, indices))
     try:
         run.gradients = _choose_gradients(run, place)
+        used = utilisation_of(run.encoder, run.objective.views, stage.precision, place, request.group)
         with (
             contextlib.closing(RunLog(folder, run.step, tensorboard)) if first else contextlib.nullcontext() as log,
             CheckpointWriter(folder, stage.keep_checkpoints) if first else contextlib.nullcontext() as writer,
@@ -313,7 +330,7 @@ def _pretrain(
                 total=run.total_steps, initial=run.step, desc=stage.name, unit="step", disable=not (progress and first),
                 dynamic_ncols=True,
             ) as bar,
-            contextlib.closing(Watch(run.encoder, place, heart, request.group)) as watch,
+            contextlib.closing(Watch(run.encoder, place, heart, request.group, used)) as watch,
         ):  # fmt: skip
             return _train(run, writer, monitors, log, request, bar, watch)
     except ValueError:

@@ -13,7 +13,7 @@ from fastskel.data.views import CenterCrop, ViewSpec
 
 __all__ = ["Optimizer", "Precision", "Recipe", "Schedule", "Stage", "describe"]
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp8"]
 Optimizer = Literal["adam", "adamw", "lamb", "lars"]
 Schedule = Literal["step", "cosine"]
 
@@ -44,7 +44,8 @@ class Stage:
         lr_final: Share of `lr` that the schedule cosine ends at.
         warmup_steps: Steps over which the learning rate rises linearly to `lr`; 0 starts there.
         average: Decay per step of a running average of the encoder's weights, kept in every checkpoint; 0 keeps none.
-        precision: Compute type of the encoder and projectors; losses are always at least fp32.
+        precision: Compute type of the encoder and projectors; losses are always at least fp32. fp8 is bf16 whose layers multiply
+            8-bit floats, but for gradients of weights.
         synchronise_norms: Whether the objective's BatchNorm takes its statistics over the samples of all processes, so that
             their number changes nothing; else over those of each process.
         seed: Key of every random draw.

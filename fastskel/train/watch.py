@@ -18,6 +18,7 @@ from fastskel.dist import all_reduce_sum, exchange, gather_rows, rank_and_world
 from fastskel.objectives.objective import Terms
 from fastskel.train.heartbeat import Heartbeat
 from fastskel.train.processes import mean_deviation, on_first
+from fastskel.train.utilisation import Utilisation
 
 if TYPE_CHECKING:
     # builds of torch without it train in one process
@@ -30,7 +31,7 @@ RANK_ROWS = 1024
 # below it all embeddings lie near one line through the origin
 LOW_RANK = 2.0
 # a process is named slow if over so many records it took so many times the median, and a difference that is not noise
-SLOW_RECORDS, SLOW_FACTOR, SLOW_SECONDS = 10, 1.5, 0.05
+SLOW_RECORDS, SLOW_FACTOR, SLOW_SECONDS = 10, 1.5, 0.1
 
 T = TypeVar("T")
 
@@ -102,16 +103,24 @@ class Watch:
         device: Where it computes.
         heart: Told of every place of a step that was passed.
         group: Exchanges times on the host; None are all processes.
+        utilisation: Operations of a sample and of the peak, from which the share of the peak is told.
     """
 
-    def __init__(self, encoder: nn.Module, device: torch.device, heart: Heartbeat, group: ProcessGroup | None) -> None:
-        self.device, self.heart, self.group = device, heart, group
+    def __init__(
+        self,
+        encoder: nn.Module,
+        device: torch.device,
+        heart: Heartbeat,
+        group: ProcessGroup | None,
+        utilisation: Utilisation | None = None,
+    ) -> None:
+        self.device, self.heart, self.group, self.utilisation = device, heart, group, utilisation
         self._rank, self._world = rank_and_world()
         self._armed = self._logged = False
         self._first_step: int | None = None
         self._began: Any = None
         self._embedded: Any = None
-        self._waited, self._records_step, self._records_time = 0.0, 0, time.perf_counter()
+        self._waited, self._paused, self._records_step, self._records_time = 0.0, 0.0, 0, time.perf_counter()
         self._seconds: deque[tuple[float, ...]] = deque(maxlen=SLOW_RECORDS)
         self._warned: set[str] = set()
         self._hook = encoder.register_forward_hook(self._passed)
@@ -126,7 +135,7 @@ class Watch:
             self._first_step = self._records_step = step
         self._armed, self._logged = True, logged
         self._long = step == self._first_step
-        self._began = self._now()
+        self._began, self._embedded = self._now(), None
         self.heart.mark("begins", step=step, long=self._long)
 
     def waits(self, parts: Iterator[Batch]) -> Iterator[Batch]:
@@ -142,7 +151,12 @@ class Watch:
             yield part
 
     def on_first(self, doing: str, function: Callable[[], T]) -> T:
-        """Call a function in rank 0 while the others wait, which takes long; its result is everybody's."""
+        """Call a function in rank 0 while the others wait, which takes long; its result is everybody's.
+
+        It is no part of a step: neither its calls of the encoder nor its time count.
+        """
+        self._armed = False
+        began = time.perf_counter()
         self.heart.mark(doing, long=True)
 
         def passed() -> T:
@@ -153,7 +167,9 @@ class Watch:
 
         if self._rank:
             self.heart.mark("waits for rank 0", long=True)
-        return on_first(passed)
+        result = on_first(passed)
+        self._paused += time.perf_counter() - began
+        return result
 
     def figures(self, step: int, samples: int) -> dict[str, Any]:
         """Say how the steps since the last record went; the same in all processes.
@@ -162,14 +178,16 @@ class Watch:
             step: Step that is logged.
             samples: Samples of a step, of all processes together.
         Returns:
-            `samples_per_s`; `data_stall`, share of the time that the host waited for data, and `memory_gib`, most memory
-            that was allocated on the GPU or resident, of the process where it is largest; of several processes also
-            `slowest_rank` and `rank_seconds`: least, median and most seconds before a process needs another one.
+            `samples_per_s`, evaluation and writing left out; where they are known `model_tflop_per_s`, the encoder's operations
+            as published, and `mfu`, their share of the peak; `data_stall`, share of the time that the host waited for data,
+            and `memory_gib`, most memory that was allocated on the GPU or resident, of the process where it is largest; of
+            several processes also `slowest_rank` and `rank_seconds`: least, median and most seconds before a process needs
+            another one.
         """
         now = time.perf_counter()
-        elapsed, steps = now - self._records_time, step + 1 - self._records_step
+        elapsed, steps = now - self._records_time - self._paused, step + 1 - self._records_step
         stall = round(1e6 * self._waited / elapsed)
-        self._waited, self._records_step, self._records_time = 0.0, step + 1, now
+        self._waited, self._paused, self._records_step, self._records_time = 0.0, 0.0, step + 1, now
         gpu = self.device.type == "cuda"
         kib = torch.cuda.max_memory_allocated(self.device) // 1024 if gpu else _resident_kib()
         own = round(1e6 * self._own_seconds())
@@ -178,10 +196,18 @@ class Watch:
         seconds, stalls, memory = zip(*told, strict=True)
         found = {
             "samples_per_s": round(samples * steps / elapsed, 2),
+            **self._used(samples * steps / elapsed),
             "data_stall": max(stalls) / 1e6,
             "memory_gib": round(max(memory) / 2**20, 3),
         }
         return found | (self._ranks(tuple(value / 1e6 for value in seconds)) if self._world > 1 else {})
+
+    def _used(self, samples_per_s: float) -> dict[str, float]:
+        if self.utilisation is None:
+            return {}
+        rate = samples_per_s * self.utilisation.flops
+        # small models on a CPU do thousandths of a TFLOP
+        return {"model_tflop_per_s": float(f"{rate / 1e12:.4g}"), "mfu": round(rate / self.utilisation.peak, 4)}
 
     def rank_of(self, embeddings: Mapping[str, Tensor], step: int) -> dict[str, float]:
         """Return `embedding_rank` of stacks (W, N, D), and warn once of one that says little is left to tell samples by."""
@@ -195,8 +221,10 @@ class Watch:
         return {"embedding_rank": rank}
 
     def _ranks(self, seconds: tuple[float, ...]) -> dict[str, Any]:
-        self._seconds.append(seconds)
-        means = [statistics.fmean(times) for times in zip(*self._seconds, strict=True)]
+        # the first step of a process compiles and warms up, each in its own time
+        if not self._long:
+            self._seconds.append(seconds)
+        means = [statistics.fmean(times) for times in zip(*(self._seconds or [seconds]), strict=True)]
         slowest, median = max(range(len(means)), key=means.__getitem__), statistics.median_low(means)
         behind = means[slowest] - median
         if len(self._seconds) == SLOW_RECORDS and means[slowest] > SLOW_FACTOR * median and behind > SLOW_SECONDS:
@@ -221,6 +249,9 @@ class Watch:
         return event
 
     def _own_seconds(self) -> float:
+        if self._embedded is None:
+            # whoever embeds without calling the encoder as a module is timed up to here
+            self._embedded = self._now()
         if isinstance(self._began, float):
             return float(self._embedded - self._began)
         self._embedded.synchronize()

@@ -10,6 +10,8 @@ import pytest
 import torch
 from fastskel.bench import machine
 
+from fastskel.train import utilisation
+
 CPU = torch.device("cpu")
 GPU_FACTS = {
     "gpu": "a card", "gpu_capability": [9, 0], "gpu_multiprocessors": 132, "gpu_memory_gib": 139.8, "gpus": 1,
@@ -52,21 +54,21 @@ def test_measuring_leaves_torch_as_it_was() -> None:
 def test_products_grow_until_one_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     # 0.1 s at 1024, so that 2048 would take 0.8 s
     seconds = {256: 0.1 / 64, 512: 0.1 / 8, 1024: 0.1}
-    monkeypatch.setattr(machine, "_product", lambda size, name, device: size)
-    monkeypatch.setattr(machine, "_seconds", lambda size, device, repeats: seconds[size])
+    monkeypatch.setattr(machine, "product_of", lambda size, name, device: size)
+    monkeypatch.setattr(utilisation, "seconds_of", lambda size, device, repeats, choose=None: seconds[size])
     speed, size = machine._matmul("fp32", CPU, quick=False)
     assert size == 1024
     assert speed == pytest.approx(2 * 1024**3 / 0.1 / 1e12)
 
 
 def test_products_never_exceed_the_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_product", lambda size, name, device: size)
-    monkeypatch.setattr(machine, "_seconds", lambda size, device, repeats: 1e-6)
+    monkeypatch.setattr(machine, "product_of", lambda size, name, device: size)
+    monkeypatch.setattr(utilisation, "seconds_of", lambda size, device, repeats, choose=None: 1e-6)
     assert machine._matmul("fp32", CPU, quick=False)[1] == machine.MATRIX
 
 
 def test_copies_are_larger_than_the_caches_and_leave_memory_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_seconds", lambda call, device, repeats: 1.0)
+    monkeypatch.setattr(machine, "seconds_of", lambda call, device, repeats: 1.0)
     assert machine._copies(CPU, False, 1 << 25, 64.0)["copy_bytes"] == 1 << 28
     assert machine._copies(CPU, False, 1 << 26, 64.0)["copy_bytes"] == machine.CACHES << 26
     assert machine._copies(CPU, False, 1 << 26, 1.0)["copy_bytes"] == (1 << 30) // machine.COPY_SHARE

@@ -77,7 +77,7 @@ def test_the_optimiser_steps_with_the_logged_rate(dataset, tmp_path) -> None:
         ({"lr": 0.0}, "Stage: lr and lr_factor must be positive"),
         ({"lr": float("nan")}, "Stage: lr and lr_factor must be positive"),
         ({"weight_decay": -1.0}, "weight_decay not negative"),
-        ({"precision": "fp16"}, "Stage: precision must be one of fp32, bf16, got 'fp16'"),
+        ({"precision": "fp16"}, "Stage: precision must be one of fp32, bf16, fp8, got 'fp16'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -146,7 +146,7 @@ def test_log_names_every_term(dataset, finished) -> None:
     for record in records:
         # the rank is read in the first record of an epoch, and in the last
         ranked = {"embedding_rank"} if record["step"] in (0, 3, 5) else set()
-        times = {"samples_per_s", "data_stall", "memory_gib"}
+        times = {"samples_per_s", "model_tflop_per_s", "mfu", "data_stall", "memory_gib"}
         assert set(record) == {"step", "epoch", "lr", "loss", "embedding_std", "gradient_norm", *times, *ranked, *TERMS}
         assert record["samples_per_s"] > 0 and 0 <= record["data_stall"] < 1 and 0.05 < record["memory_gib"] < 64
         assert all(1 < record[name] <= BATCH_SIZE for name in ranked)
