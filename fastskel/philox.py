@@ -42,6 +42,8 @@ class Use(enum.IntEnum):
     NOISE = 8
     FRAMES = 9
     WEIGHTED = 10
+    EPISODE = 11
+    CENTRE = 12
 
 
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:

@@ -1,5 +1,6 @@
 """The command line of evaluation: `fastskel evaluate TASK RUN DATA`."""
 
+from fastskel.cli_evaluate.few_labels import cluster, fewshot, oneshot, semi, zeroshot
 from fastskel.cli_evaluate.frozen import knn, linear
 from fastskel.cli_evaluate.fusion import fusion
 from fastskel.cli_evaluate.options import Command, Data, Run, chosen_split
@@ -10,4 +11,14 @@ __all__ = ["Command", "Data", "Run", "chosen_split", "evaluate_commands"]
 
 def evaluate_commands() -> dict[str, Command]:
     """Commands by the name of their task."""
-    return {"knn": knn, "linear": linear, "retrieval": retrieval, "fusion": fusion}
+    return {
+        "knn": knn,
+        "linear": linear,
+        "semi": semi,
+        "retrieval": retrieval,
+        "fewshot": fewshot,
+        "oneshot": oneshot,
+        "zeroshot": zeroshot,
+        "cluster": cluster,
+        "fusion": fusion,
+    }

@@ -34,6 +34,8 @@ def linear(
     published: Setting | None = None,
     epochs: int = 160,
     seed: int = 0,
+    solver: Literal["sgd", "exact"] = "sgd",
+    penalty: float | None = None,
     common: EvaluateOptions = EvaluateOptions(),
 ) -> None:
     """Train a linear layer on frozen features and classify the test clips.
@@ -44,11 +46,24 @@ def linear(
         learning_rate: Step size on features as they are; by default it and standardisation are chosen on held-out clips.
         published: Take the step size that was published for this setting.
         epochs: Passes over the training features.
-        seed: Key of the probe's start and of its order.
+        seed: Key of the probe's start and of its order, and of the clips that are held out.
+        solver: sgd with the reference's schedule, or exact: a logistic regression with a penalty, to convergence.
+        penalty: Of the exact solver, in units of the features' variance; by default it and standardisation are chosen on
+            held-out clips.
         common: What every evaluation takes.
     """
-    from fastskel.evaluate import LinearConfig, evaluate_linear
+    from fastskel.evaluate import LinearConfig, LogisticConfig, evaluate_linear, evaluate_logistic
 
+    if solver == "exact":
+        if learning_rate is not None or published is not None or epochs != 160:
+            raise ValueError(
+                "evaluate: learning_rate, published and epochs must be left out, the exact solver has none. Leave them out."
+            )
+        evaluation, folder = prepare("linear", run, data, common, ["exact"])
+        say(evaluate_logistic(evaluation, folder, config=LogisticConfig(penalty=penalty, seed=seed)), folder)
+        return
+    if penalty is not None:
+        raise ValueError("evaluate: penalty must be left out, only the exact solver has one. Pass --solver exact.")
     if published is not None:
         from fastskel.recipes import LINEAR_RATES
 

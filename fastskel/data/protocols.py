@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fastskel.data.packed import PackedDataset
 from fastskel.registry import Registry
 
-__all__ = ["PROTOCOLS", "Split", "holdout", "protocols", "semi", "split"]
+__all__ = ["NTU_NOVEL_CLASSES", "PROTOCOLS", "Split", "holdout", "protocols", "semi", "split"]
 
 # training subjects of NTU RGB+D 120; those up to 40 are the training subjects of NTU RGB+D 60
 # fmt: off
@@ -27,6 +27,8 @@ NTU_TRAIN_SUBJECTS = (
 )
 # fmt: on
 _NTU_60_SUBJECTS = 40
+# A001, A007, .., A115: the classes that one-shot recognition of NTU RGB+D 120 keeps out of the training
+NTU_NOVEL_CLASSES = tuple(range(0, 120, 6))
 _NTU_TRAIN_CAMERAS = (2, 3)
 _UCLA_TRAIN_CAMERAS = (1, 2)
 _UCLA_TEST_SUBJECT = 10
@@ -114,6 +116,12 @@ def _ntu_120_xset(dataset: PackedDataset) -> NDArray[np.bool_]:
     return np.asarray(_clip_column(dataset, "setup") % 2 == 0)
 
 
+@PROTOCOLS.register("ntu-120/one-shot")
+@PROTOCOLS.register("ntu120/one-shot")
+def _ntu_120_one_shot(dataset: PackedDataset) -> NDArray[np.bool_]:
+    return ~np.isin(dataset.labels, NTU_NOVEL_CLASSES)
+
+
 @PROTOCOLS.register("utkinect/xsub")
 def _utkinect_xsub(dataset: PackedDataset) -> NDArray[np.bool_]:
     # the field leaves each of the ten subjects out in turn: the last one is our convention
@@ -181,7 +189,8 @@ def split(
         protocol: A protocol of its `splits.json`, else a rule for its source: utd-mhad xsub (odd subjects train);
             nw-ucla xview (cameras 1 and 2 train), xview-clean (the same without the test clips that repeat a training
             clip), xsub (subject 10 tests; "xsub:3" lets subject 3 test); ntu60 xsub, xview (cameras 2 and 3 train);
-            ntu120 xsub, xset (even setups train); ntu-60 and ntu-120 are other names of the two;
+            ntu120 xsub, xset (even setups train), one-shot (classes A1, A7, .., A115 test); ntu-60 and ntu-120 are other
+            names of the two;
             pku-mmd xview, xsub (from a list); sbu fold1 to fold5 (pairs of actors); utkinect xsub (subject 10 tests;
             "xsub:3" lets subject 3 test); uav-human xsub-v1, xsub-v2; penn-action and kinetics-skeleton official.
         split_file: The user's own split instead: a JSON file {"train": [...], "test": [...]} of clip names or indices,

@@ -1,36 +1,53 @@
-"""Evaluation of frozen encoders: cached features, nearest neighbours, linear probe, metrics and reports."""
+"""Evaluation of frozen encoders: cached features, neighbours, probes, few labels, clusters, metrics and reports."""
 
+from fastskel.evaluate.cluster import KMeans, evaluate_cluster, k_means
 from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
 from fastskel.evaluate.features import FeatureSet, dataset_features, raw_features
+from fastskel.evaluate.few_shot import evaluate_fewshot, evaluate_oneshot
 from fastskel.evaluate.inference import extract
 from fastskel.evaluate.knn import knn_neighbours, knn_predict, knn_rank
 from fastskel.evaluate.linear import LinearConfig, LinearResult, choose_config, linear_probe
+from fastskel.evaluate.logistic import LogisticConfig, LogisticResult, evaluate_logistic, logistic_probe
 from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy, top_k_accuracy
 from fastskel.evaluate.retrieval import average_precision, evaluate_retrieval, retrieval_scores
 from fastskel.evaluate.run import evaluate_knn, evaluate_linear
 from fastskel.evaluate.search import CosineSearch
+from fastskel.evaluate.semi import evaluate_semi, labelled_subset
+from fastskel.evaluate.zero_shot import evaluate_zeroshot
 
 __all__ = [
     "TASKS",
     "CosineSearch",
     "Evaluation",
     "FeatureSet",
+    "KMeans",
     "LinearConfig",
     "LinearResult",
+    "LogisticConfig",
+    "LogisticResult",
     "Task",
     "accuracy",
     "average_precision",
     "choose_config",
     "confusion_matrix",
     "dataset_features",
+    "evaluate_cluster",
+    "evaluate_fewshot",
     "evaluate_knn",
     "evaluate_linear",
+    "evaluate_logistic",
+    "evaluate_oneshot",
     "evaluate_retrieval",
+    "evaluate_semi",
+    "evaluate_zeroshot",
     "extract",
+    "k_means",
     "knn_neighbours",
     "knn_predict",
     "knn_rank",
+    "labelled_subset",
     "linear_probe",
+    "logistic_probe",
     "mean_class_accuracy",
     "raw_features",
     "retrieval_scores",

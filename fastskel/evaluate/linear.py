@@ -13,7 +13,9 @@ from fastskel import philox
 from fastskel.evaluate.features import FeatureSet
 from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy, top_k_accuracy
 
-__all__ = ["EpochRow", "LinearConfig", "LinearResult", "choose_config", "held_out", "linear_probe"]
+__all__ = [
+    "EpochRow", "LinearConfig", "LinearResult", "check_pair", "choose_config", "column_scale", "held_out", "linear_probe",
+]
 
 # initial deviation of the weights in the reference
 INIT_STD = 0.01
@@ -107,25 +109,40 @@ class LinearResult:
     config: LinearConfig
 
 
-def _check_set(name: str, values: FeatureSet, num_classes: int) -> None:
+def _check_set(function: str, name: str, values: FeatureSet, num_classes: int) -> None:
     if len(values) == 0:
-        raise ValueError(f"linear_probe: {name} must have samples, got none. Check the split.")
+        raise ValueError(f"{function}: {name} must have samples, got none. Check the split.")
     if values.features.dim() != 2 or values.features.shape[0] != values.labels.shape[0]:
         raise ValueError(
-            f"linear_probe: {name} must hold features (N, F) and labels (N,), got {tuple(values.features.shape)} and "
+            f"{function}: {name} must hold features (N, F) and labels (N,), got {tuple(values.features.shape)} and "
             f"{tuple(values.labels.shape)}. Extract it again."
         )
     bad = (~torch.isfinite(values.features)).any(1).nonzero()
     if bad.numel():
         raise ValueError(
-            f"linear_probe: {name} must have finite features, got nan or inf in row {int(bad[0])}. "
+            f"{function}: {name} must have finite features, got nan or inf in row {int(bad[0])}. "
             "Check the encoder's weights and its input."
         )
     low, high = int(values.labels.min()), int(values.labels.max())
     if low < 0 or high >= num_classes:
         raise ValueError(
-            f"linear_probe: labels of {name} must lie in 0..{num_classes - 1}, got {low}..{high}. "
+            f"{function}: labels of {name} must lie in 0..{num_classes - 1}, got {low}..{high}. "
             "Drop unknown labels (-1) and check num_classes."
+        )
+
+
+def check_pair(function: str, train: FeatureSet, test: FeatureSet, num_classes: int) -> None:
+    """Refuse sets of features (N, F) and (N', F) that cannot train and test one classifier.
+
+    Raises:
+        ValueError: On empty or mismatched sets, features that are not finite, labels outside of the K classes.
+    """
+    _check_set(function, "train", train, num_classes)
+    _check_set(function, "test", test, num_classes)
+    if train.features.shape[1] != test.features.shape[1]:
+        raise ValueError(
+            f"{function}: test must have the width of train, got {test.features.shape[1]} and "
+            f"{train.features.shape[1]}. Extract both with the same encoder."
         )
 
 
@@ -140,7 +157,7 @@ def _check_config(config: LinearConfig) -> None:
         raise ValueError(f"linear_probe: config.learning_rate must be positive, got {rate}. Try 0.1.")
 
 
-def _standard(features: Tensor) -> tuple[Tensor, Tensor]:
+def column_scale(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the columns of (N, F), (F,) each; constant columns keep their scale."""
     rows = features.to(torch.float64)
     mean = rows.mean(0)
@@ -179,13 +196,7 @@ def linear_probe(
     """
     config = config or LinearConfig()
     _check_config(config)
-    _check_set("train", train, num_classes)
-    _check_set("test", test, num_classes)
-    if train.features.shape[1] != test.features.shape[1]:
-        raise ValueError(
-            f"linear_probe: test must have the width of train, got {test.features.shape[1]} and "
-            f"{train.features.shape[1]}. Extract both with the same encoder."
-        )
+    check_pair("linear_probe", train, test, num_classes)
     if config.learning_rate is None or config.standardise is None:
         config = choose_config(train, num_classes, config, groups=groups, device=device)
 
@@ -193,7 +204,7 @@ def linear_probe(
     train_y, test_y = train.labels.to(device), test.labels.to(device)
     mean, deviation = torch.zeros_like(train_x[0]), torch.ones_like(train_x[0])
     if config.standardise:
-        mean, deviation = _standard(train_x)
+        mean, deviation = column_scale(train_x)
         train_x, test_x = (train_x - mean) / deviation, (test_x - mean) / deviation
 
     generator = torch.Generator().manual_seed(config.seed)
@@ -254,7 +265,11 @@ def linear_probe(
 
 
 def held_out(train: FeatureSet, seed: int, groups: Tensor | None) -> Tensor:
-    """Samples that choose a config, (N,), bool: a fifth of the groups (N,), or without groups of each class."""
+    """Mark the samples that choose a config, (N,), bool: a fifth of the groups, or of each class, in random order.
+
+    Raises:
+        ValueError: If there are no groups to hold out, and no class has two samples.
+    """
     known = torch.unique(train.labels if groups is None else groups)
     if groups is not None and len(known) > 1:
         order = torch.from_numpy(philox.permutation(seed, 0, len(known), philox.Use.SUBSET))
@@ -271,7 +286,7 @@ def held_out(train: FeatureSet, seed: int, groups: Tensor | None) -> Tensor:
             held[order[train.labels[order] == label][1:2]] = True
     if not bool(held.any()):
         raise ValueError(
-            "choose_config: train must have two samples of some class, got one of each. Set config.learning_rate."
+            "held_out: train must have two samples of some class, got one of each. Set config.learning_rate or config.penalty."
         )
     return held
 
@@ -304,7 +319,7 @@ def choose_config(
     Raises:
         ValueError: If no class has two samples, or if every rate diverges.
     """
-    _check_set("train", train, num_classes)
+    _check_set("linear_probe", "train", train, num_classes)
     held = held_out(train, config.seed, groups)
     fit, check = (FeatureSet(train.features[rows], train.labels[rows], train.index[rows]) for rows in (~held, held))
     best: tuple[float, LinearConfig] | None = None

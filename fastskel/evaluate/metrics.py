@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["accuracy", "confusion_matrix", "mean_class_accuracy", "top_k_accuracy"]
+__all__ = ["accuracy", "confusion_matrix", "mean_and_deviation", "mean_class_accuracy", "top_k_accuracy"]
 
 
 def _check_labels(function: str, name: str, labels: Tensor, num_classes: int) -> None:
@@ -105,3 +109,18 @@ def mean_class_accuracy(confusion: Tensor) -> float:
         raise ValueError("mean_class_accuracy: confusion must count samples, got none. Check the split.")
     recall = confusion.diagonal()[seen].to(torch.float64) / totals[seen].to(torch.float64)
     return float(recall.mean())
+
+
+def mean_and_deviation(values: Sequence[float]) -> dict[str, Any]:
+    """Sum up what several seeds reached, for results.json.
+
+    Returns:
+        "mean", "deviation" (of the sample, n - 1; None for a single value) and "values".
+    Raises:
+        ValueError: If there are no values.
+    """
+    if not values:
+        raise ValueError("mean_and_deviation: values must not be empty, got none. Run a seed.")
+    numbers = [float(value) for value in values]
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return {"mean": statistics.fmean(numbers), "deviation": deviation, "values": numbers}

@@ -78,6 +78,7 @@ def evaluate_linear(
         "mean_class": probe.mean_class,
         "best_top1": probe.best_top1,
         "best_epoch": probe.best_epoch,
+        "solver": "sgd",
         "note": "top1 is that of the last epoch; best_top1 is chosen on the test set, as the reference reports it",
         "config": asdict(probe.config),
         **evaluation.record("linear", train.index, test.index),

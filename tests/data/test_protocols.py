@@ -37,6 +37,8 @@ RULES = {
     ("ntu-60", "xsub"): ({"subject": NUMBERS + 20}, np.isin(NUMBERS + 20, [25, 27, 28, 31, 34, 35, 38])),
     ("ntu-120", "xsub"): ({"subject": NUMBERS + 38}, np.isin(NUMBERS + 38, NTU_TRAIN_SUBJECTS)),
     ("ntu-120", "xset"): ({"setup": NUMBERS + 1}, NUMBERS % 2 == 1),
+    # of classes 0, 1 and 2 only the first is novel
+    ("ntu-120", "one-shot"): ({}, NUMBERS % 3 != 0),
     ("pku-mmd", "xview"): ({"camera": np.array(list("LMR") * 8)}, NUMBERS % 3 != 0),
 }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from sklearn import metrics as oracle
 
 from fastskel.evaluate import accuracy, confusion_matrix, mean_class_accuracy, top_k_accuracy
+from fastskel.evaluate.metrics import mean_and_deviation
 
 
 def _draw(num: int, num_classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,3 +85,13 @@ def test_one_class() -> None:
     labels = torch.zeros(3, dtype=torch.int64)
     assert confusion_matrix(labels, labels, 1).tolist() == [[3]]
     assert mean_class_accuracy(torch.tensor([[3]])) == 1.0
+
+
+def test_mean_and_deviation() -> None:
+    values = [0.5, 0.75, 0.25, 0.6]
+    row = mean_and_deviation(values)
+    assert row["values"] == values
+    assert row["mean"] == pytest.approx(np.mean(values)) and row["deviation"] == pytest.approx(np.std(values, ddof=1))
+    assert mean_and_deviation([0.5]) == {"mean": 0.5, "deviation": None, "values": [0.5]}
+    with pytest.raises(ValueError, match="values must not be empty"):
+        mean_and_deviation([])

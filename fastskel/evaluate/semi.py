@@ -1,0 +1,160 @@
+"""Semi-supervised recognition: a linear probe that knows the labels of a small part of the training clips."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastskel import philox
+from fastskel.data.protocols import semi
+from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
+from fastskel.evaluate.features import FeatureSet
+from fastskel.evaluate.linear import LinearConfig, LinearResult, linear_probe
+from fastskel.evaluate.logistic import LogisticConfig, LogisticResult, logistic_probe
+from fastskel.evaluate.metrics import mean_and_deviation
+from fastskel.evaluate.report import write_results
+
+__all__ = ["evaluate_semi", "labelled_subset"]
+
+# where no class has two labelled clips nothing can be held out to choose a penalty: a strong one
+UNCHOSEN_PENALTY = 0.1
+
+
+def labelled_subset(
+    train: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    fraction: float,
+    seed: int,
+    sampling: Literal["random", "balanced"] = "random",
+) -> NDArray[np.int64]:
+    """Choose the training clips whose labels are known; the choice depends on these arguments alone.
+
+    Clips are taken in the order of `philox.permutation(seed, 0, k, Use.SUBSET)` of the k labelled clips: "random" takes the
+    first of them; "balanced" takes the first of every class, then the second of every class, and so on. Larger fractions
+    hold smaller ones.
+
+    Args:
+        train: Training clips, (N,).
+        labels: Class of every clip of the data set, (n,), -1 where unknown.
+        fraction: Part of the labelled clips, in (0, 1].
+        seed: Seed of the permutation.
+        sampling: "random", int(k * fraction) clips whatever their classes, as the reference does; or "balanced", as
+            many, but at least one of each class, and as equally many of each as there are.
+    Returns:
+        Chosen clips, ascending, (l,).
+    Raises:
+        ValueError: If the sampling is unknown, the fraction is out of range, or it leaves nothing.
+    """
+    if sampling == "random":
+        return semi(train, labels, fraction, seed)
+    if sampling != "balanced":
+        raise ValueError(f"labelled_subset: sampling must be random or balanced, got {sampling!r}. Choose one.")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"labelled_subset: fraction must be in (0, 1], got {fraction}. Choose another.")
+    known = train[labels[train] != -1]
+    if len(known) == 0:
+        raise ValueError("labelled_subset: train must have labelled clips, got none. Check the split.")
+    order = known[philox.permutation(seed, 0, len(known), philox.Use.SUBSET)]
+    turn = np.empty(len(order), dtype=np.int64)
+    classes = np.unique(labels[order])
+    for label in classes:
+        mine = labels[order] == label
+        turn[mine] = np.arange(mine.sum())
+    count = max(len(classes), int(len(order) * fraction))
+    return np.sort(order[np.argsort(turn, kind="stable")[:count]])
+
+
+def _probe(
+    train: FeatureSet, test: FeatureSet, num_classes: int, config: LinearConfig | LogisticConfig, groups: Tensor | None,
+    device: torch.device | str,
+) -> LinearResult | LogisticResult:  # fmt: skip
+    if isinstance(config, LinearConfig):
+        return linear_probe(train, test, num_classes, config, groups=groups, device=device)
+    if int(torch.bincount(train.labels).max()) < 2:
+        penalty = UNCHOSEN_PENALTY if config.penalty is None else config.penalty
+        config = replace(config, penalty=penalty, standardise=bool(config.standardise))
+    return logistic_probe(train, test, num_classes, config, groups=groups, device=device)
+
+
+def evaluate_semi(
+    evaluation: Evaluation,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    fractions: Sequence[float] = (0.01, 0.05, 0.1),
+    sampling: Literal["random", "balanced"] = "random",
+    seeds: int = 5,
+    config: LinearConfig | LogisticConfig | None = None,
+    group_column: str = "subject",
+) -> dict[str, Any]:
+    """Train linear probes on parts of the training labels and classify the test clips.
+
+    Args:
+        evaluation: Encoder, clips, and how features (N, F) are computed.
+        out: Folder for results.json; None: nothing is written.
+        fractions: Parts of the labelled training clips.
+        sampling: How a part is chosen, see `labelled_subset`.
+        seeds: Parts drawn of each fraction, with seeds from 0.
+        config: A `LogisticConfig` is fitted to convergence, the default; a `LinearConfig` trains with SGD. Their seed is
+            replaced by that of the part.
+        group_column: Column whose values are held out whole, within the part, to choose what the config leaves open.
+    Returns:
+        "fractions": for each the number of labels, "top1", "top5" and "mean_class" with mean, deviation and values over
+        the seeds, digests of the parts and what the probes ran with; and the record. Where no class has two labelled
+        clips, an open penalty is 0.1 and open standardisation is off.
+    Raises:
+        ValueError: If a fraction is out of range, if it leaves nothing, or if seeds is below 1.
+    """
+    if seeds < 1:
+        raise ValueError(f"evaluate_semi: seeds must be at least 1, got {seeds}. Pass 5.")
+    if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
+        raise ValueError(f"evaluate_semi: fractions must lie in (0, 1], got {list(fractions)}. Pass 0.01 for 1 %.")
+    config = config or LogisticConfig()
+    train, test = evaluation.features()
+    labels = np.asarray(evaluation.dataset.labels)
+    rows = []
+    for fraction in fractions:
+        probes: list[LinearResult | LogisticResult] = []
+        parts = []
+        for seed in range(seeds):
+            chosen = labelled_subset(train.index.numpy(), labels, fraction, seed, sampling)
+            keep = torch.isin(train.index, torch.from_numpy(chosen))
+            part = FeatureSet(train.features[keep], train.labels[keep], train.index[keep])
+            groups = evaluation.groups(part.index, group_column)
+            own = replace(config, seed=seed)
+            probes.append(_probe(part, test, len(evaluation.class_names), own, groups, evaluation.device))
+            parts.append(chosen)
+        rows.append(
+            {
+                "fraction": fraction,
+                "num_labels": len(parts[0]),
+                "num_classes_seen": [len(np.unique(labels[part])) for part in parts],
+                **{
+                    name: mean_and_deviation([getattr(probe, name) for probe in probes])
+                    for name in ("top1", "top5", "mean_class")
+                },
+                "subsets": [hashlib.sha256(part.astype("<i8").tobytes()).hexdigest() for part in parts],
+                "configs": [asdict(probe.config) for probe in probes],
+            }
+        )
+    results = {
+        "fractions": rows,
+        "sampling": sampling,
+        "seeds": list(range(seeds)),
+        "solver": "exact" if isinstance(config, LogisticConfig) else "sgd",
+        **evaluation.record("semi", train.index, test.index),
+    }
+    if out is not None:
+        write_results(Path(out) / "results.json", results)
+    return results
+
+
+TASKS.add("semi", Task(evaluate_semi))
