@@ -35,14 +35,20 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden():
-    """Read one archive of recorded tensors by name; the test is skipped where there is none."""
+def golden_dir() -> Path:
+    """Folder with the recorded tensors; the test is skipped where there is none."""
     folder = _folder("FASTSKEL_GOLDEN", "golden/usdrl")
     if folder is None:
         pytest.skip("recorded reference tensors not found: set FASTSKEL_GOLDEN to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(golden_dir: Path):
+    """Read one archive of recorded tensors by name; the test is skipped where there is none."""
 
     def load(name: str) -> dict[str, NDArray[np.generic]]:
-        with np.load(folder / name, allow_pickle=False) as archive:
+        with np.load(golden_dir / name, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
 
     return load

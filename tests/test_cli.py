@@ -85,12 +85,14 @@ def test_help(capsys) -> None:
         ("pack", ["nw-ucla", "utd-mhad", "agcn", "pyskl", "--list-formats"]),
         ("unpack", ["agcn", "ctr-gcn", "pyskl"]),
         ("pretrain", list(RECIPES)),
-        ("evaluate", ["knn", "linear"]),
+        ("evaluate", ["knn", "linear", "detect", "segment"]),
         ("pack utd-mhad", ["SRC", "DST", "--quiet"]),
         ("pack pyskl", ["SRC", "DST", "--quiet", "--dataset", "--topology", "--third", "--usdrl-scaling"]),
         ("unpack agcn", ["DATA", "DST", "--protocol", "--frames", "--bodies"]),
         ("evaluate knn", ["RUN", "DATA", "--protocol", "--split-file", "--normalise", "--k "]),
         ("evaluate linear", ["RUN", "DATA", "--protocol", "--learning-rate", "--epochs", "--seed"]),
+        ("evaluate detect", ["RUN", "DATA", "--leave-one-out", "--head", "--overlap", "--thresholds", "--nms"]),
+        ("evaluate segment", ["RUN", "DATA", "--leave-one-out", "--head", "--overlap", "--smoothing", "--protocol"]),
     ],
 )
 def test_help_of_commands(capsys, command, words) -> None:

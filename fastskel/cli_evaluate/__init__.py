@@ -11,6 +11,9 @@ __all__ = ["Command", "Data", "Run", "chosen_split", "evaluate_commands"]
 
 def evaluate_commands() -> dict[str, Command]:
     """Commands by the name of their task."""
+    # the settings of these are declared beside torch
+    from fastskel.cli_evaluate.dense import detect, segment
+
     return {
         "knn": knn,
         "linear": linear,
@@ -20,5 +23,7 @@ def evaluate_commands() -> dict[str, Command]:
         "oneshot": oneshot,
         "zeroshot": zeroshot,
         "cluster": cluster,
+        "detect": detect,
+        "segment": segment,
         "fusion": fusion,
     }

@@ -89,7 +89,14 @@ def _encoder(run: Path, dataset: PackedDataset, options: EvaluateOptions) -> tup
     return encoder, view
 
 
-def prepare(task: str, run: Path, data: Path, options: EvaluateOptions, shown: Sequence[str] = ()) -> tuple[Evaluation, Path]:
+def prepare(
+    task: str,
+    run: Path,
+    data: Path,
+    options: EvaluateOptions,
+    shown: Sequence[str] = (),
+    parts: tuple[str, Split] | None = None,
+) -> tuple[Evaluation, Path]:
     """Open data and encoder, and choose the folder of the results.
 
     Args:
@@ -98,6 +105,7 @@ def prepare(task: str, run: Path, data: Path, options: EvaluateOptions, shown: S
         data: Packed data set.
         options: What every evaluation asks for.
         shown: Settings of the task that tell its folder from those of others.
+        parts: Name and clips (N,) of a split that the task makes itself; None: that of the options.
     Returns:
         The evaluation of clips (N, T, M, V, C), and the folder.
     Raises:
@@ -109,7 +117,7 @@ def prepare(task: str, run: Path, data: Path, options: EvaluateOptions, shown: S
     from fastskel.train import choose_device, trained_clips
 
     dataset = open_dataset(data)
-    parts = chosen_split(dataset, options.protocol, options.split_file)
+    parts = parts or chosen_split(dataset, options.protocol, options.split_file)
     if parts is None:
         known = ", ".join(protocols(dataset)) or "none"
         raise ValueError(f"evaluate: protocol or split_file must be given, got neither. Protocols of {data}: {known}.")

@@ -1,9 +1,12 @@
-"""Evaluation of frozen encoders: cached features, neighbours, probes, few labels, clusters, metrics and reports."""
+"""Evaluation of encoders: cached features, neighbours, probes, few labels, clusters, dense tasks, metrics and reports."""
 
 from fastskel.evaluate.cluster import KMeans, evaluate_cluster, k_means
+from fastskel.evaluate.dense import DenseConfig
+from fastskel.evaluate.detection import ProposalConfig, evaluate_detection
 from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
 from fastskel.evaluate.features import FeatureSet, dataset_features, raw_features
 from fastskel.evaluate.few_shot import evaluate_fewshot, evaluate_oneshot
+from fastskel.evaluate.frame_heads import FrameHeadConfig
 from fastskel.evaluate.inference import extract
 from fastskel.evaluate.knn import knn_neighbours, knn_predict, knn_rank
 from fastskel.evaluate.linear import LinearConfig, LinearResult, choose_config, linear_probe
@@ -12,35 +15,44 @@ from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_acc
 from fastskel.evaluate.retrieval import average_precision, evaluate_retrieval, retrieval_scores
 from fastskel.evaluate.run import evaluate_knn, evaluate_linear
 from fastskel.evaluate.search import CosineSearch
+from fastskel.evaluate.segmentation import evaluate_segmentation
 from fastskel.evaluate.semi import evaluate_semi, labelled_subset
+from fastskel.evaluate.windows import Windows, frame_features
 from fastskel.evaluate.zero_shot import evaluate_zeroshot
 
 __all__ = [
     "TASKS",
     "CosineSearch",
+    "DenseConfig",
     "Evaluation",
     "FeatureSet",
+    "FrameHeadConfig",
     "KMeans",
     "LinearConfig",
     "LinearResult",
     "LogisticConfig",
     "LogisticResult",
+    "ProposalConfig",
     "Task",
+    "Windows",
     "accuracy",
     "average_precision",
     "choose_config",
     "confusion_matrix",
     "dataset_features",
     "evaluate_cluster",
+    "evaluate_detection",
     "evaluate_fewshot",
     "evaluate_knn",
     "evaluate_linear",
     "evaluate_logistic",
     "evaluate_oneshot",
     "evaluate_retrieval",
+    "evaluate_segmentation",
     "evaluate_semi",
     "evaluate_zeroshot",
     "extract",
+    "frame_features",
     "k_means",
     "knn_neighbours",
     "knn_predict",

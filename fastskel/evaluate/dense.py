@@ -1,0 +1,250 @@
+"""What detection and segmentation of untrimmed recordings share: their truth, folds, trained heads, timelines.
+
+The truth is in the segments of the data set, in valid frames, whatever the clips' own labels are. Where two segments of a
+recording overlap, a frame has the class of the one that begins later (of two that begin together, the one listed last). Class 0
+of a head is the background, class c + 1 is class c of the data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastskel.data.packed import PackedDataset
+from fastskel.data.protocols import Split
+from fastskel.evaluate.detection_metrics import Segments
+from fastskel.evaluate.evaluation import Evaluation
+from fastskel.evaluate.frame_heads import FrameHeadConfig, frame_probabilities, train_frame_head
+from fastskel.evaluate.segmentation_metrics import label_runs
+from fastskel.evaluate.windows import Windows, frame_features
+
+__all__ = [
+    "DenseConfig", "DenseFold", "dense_classes", "dense_record", "frame_truth", "leave_one_out", "predict_frames", "spread",
+    "timelines", "true_segments",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """What detection and segmentation are both told.
+
+    Attributes:
+        head: Classifier of frames, and its training.
+        windows: How recordings are cut for the encoder.
+        leave_one_out: Per-clip column, such as subject: each of its values is tested once, by a head trained on the others,
+            over the clips of both parts of the split. None: the split as it is.
+        drop_reversed: Leave out true segments with end <= start, which a published list holds, instead of refusing them.
+        num_timelines: Test recordings whose true and predicted segments go into the results.
+    """
+
+    head: FrameHeadConfig = field(default_factory=FrameHeadConfig)
+    windows: Windows = field(default_factory=Windows)
+    leave_one_out: str | None = None
+    drop_reversed: bool = False
+    num_timelines: int = 3
+
+
+@dataclass(frozen=True)
+class DenseFold:
+    """One trained head and what it says of its test recordings.
+
+    Attributes:
+        name: What was left out, or the protocol.
+        train: Recordings it was trained on, (N,).
+        test: Recordings it was tested on, (N',).
+        truth: Segments of the test recordings, (S,), numbered as there.
+        probabilities: For each test recording, (T, K + 1), the background first.
+        majority: Class most training frames have, the background being 0.
+        losses: Mean loss of each epoch.
+    """
+
+    name: str
+    train: NDArray[np.int64]
+    test: NDArray[np.int64]
+    truth: Segments
+    probabilities: list[NDArray[np.float64]]
+    majority: int
+    losses: tuple[float, ...]
+
+
+def dense_classes(dataset: PackedDataset, task: str) -> list[str]:
+    """Names of the K classes of segments, (K,).
+
+    Raises:
+        ValueError: If the data set has no segments.
+    """
+    if dataset.segments is None or not len(dataset.segments):
+        raise ValueError(f"{task}: the data set must have segments, got none in {dataset.path}. Pack it with its label files.")
+    return dataset.class_names or [f"class {number}" for number in range(int(dataset.segments[:, 1].max()) + 1)]
+
+
+def true_segments(
+    dataset: PackedDataset, recordings: NDArray[np.int64], task: str, drop_reversed: bool = False
+) -> Segments:
+    """Segments (S,) of recordings (N,), numbered as there, confidence as score.
+
+    Raises:
+        ValueError: If one has end <= start, naming it, unless these are left out.
+    """
+    dense_classes(dataset, task)
+    assert dataset.segments is not None
+    number = np.full(len(dataset), -1)
+    number[recordings] = np.arange(len(recordings))
+    clip = dataset.segments[:, 0].astype(np.int64)
+    rows = dataset.segments[number[clip] >= 0]
+    reversed_rows = rows[:, 3] <= rows[:, 2]
+    if reversed_rows.any() and not drop_reversed:
+        row = rows[int(reversed_rows.argmax())]
+        raise ValueError(
+            f"{task}: segments must have start < end, got {row[2]:g} to {row[3]:g} of class {int(row[1])} in recording "
+            f"{dataset.names[int(row[0])]} of {dataset.path}. Mend it, or leave such segments out (drop_reversed)."
+        )
+    rows = rows[~reversed_rows]
+    return Segments.of(np.column_stack([number[rows[:, 0].astype(np.int64)], rows[:, 1:]]))
+
+
+def frame_truth(truth: Segments, num_frames: Sequence[int]) -> list[NDArray[np.int64]]:
+    """Class of every frame of each recording, (T,), 0 where no segment is, class + 1 elsewhere."""
+    labels = [np.zeros(count, dtype=np.int64) for count in num_frames]
+    for recording, label, start, end, _ in truth.take(np.argsort(truth.start, kind="stable")).rows():
+        labels[int(recording)][int(start) : int(end)] = int(label) + 1
+    return labels
+
+
+def leave_one_out(dataset: PackedDataset, column: str, clips: NDArray[np.int64]) -> list[tuple[str, Split]]:
+    """Folds over the values that a per-clip column has among clips (N,): all but one train, that one tests.
+
+    Raises:
+        ValueError: If the column is unknown or per frame, or has a single value.
+    """
+    values = dataset.column(column)
+    if dataset.per_frame(column):
+        raise ValueError(f"leave_one_out: column must have one value per clip, got {column!r} of {dataset.path}. Choose another.")
+    known = np.unique(values[clips])
+    if len(known) < 2:
+        raise ValueError(
+            f"leave_one_out: column must have two values, got {known.tolist()} in {column!r} of {dataset.path}. Choose another."
+        )
+    own = values[clips]
+    return [(f"{column} {value}", Split(clips[own != value], clips[own == value])) for value in known.tolist()]
+
+
+def _labelled(evaluation: Evaluation, clips: NDArray[np.int64], part: str, task: str) -> NDArray[np.int64]:
+    """Clips (N,) that have segments, in ascending order."""
+    assert evaluation.dataset.segments is not None
+    known = np.intersect1d(clips, evaluation.dataset.segments[:, 0].astype(np.int64))
+    if not len(known):
+        raise ValueError(
+            f"{task}: the {part} split of {evaluation.dataset.path} must have recordings with segments, got {len(clips)} clips, "
+            "none with one. Check the protocol and the labels."
+        )
+    return known
+
+
+def _folds(evaluation: Evaluation, config: DenseConfig, task: str) -> list[tuple[str, Split]]:
+    train, test = np.asarray(evaluation.split.train), np.asarray(evaluation.split.test)
+    if config.leave_one_out is not None:
+        known = _labelled(evaluation, np.union1d(train, test), "whole", task)
+        return leave_one_out(evaluation.dataset, config.leave_one_out, known)
+    shared = np.intersect1d(train, test)
+    if len(shared):
+        raise ValueError(
+            f"{task}: split must have parts without common clips, got {len(shared)} in both, such as "
+            f"{evaluation.dataset.names[shared[0]]}. Take them out of one."
+        )
+    split = Split(_labelled(evaluation, train, "train", task), _labelled(evaluation, test, "test", task))
+    return [(evaluation.protocol or "split", split)]
+
+
+def predict_frames(evaluation: Evaluation, config: DenseConfig, task: str) -> list[DenseFold]:
+    """Train a head on the frame features of every fold and classify the frames (T,) of its test recordings.
+
+    Features are computed once for all folds.
+
+    Raises:
+        ValueError: On missing segments, splits that share clips, encoders without frame features.
+    """
+    dataset = evaluation.dataset
+    num_classes = len(dense_classes(dataset, task)) + 1
+    folds = _folds(evaluation, config, task)
+    clips = np.unique(np.concatenate([np.concatenate([split.train, split.test]) for _, split in folds]))
+    truth = true_segments(dataset, clips, task, config.drop_reversed)
+    lengths = dataset.num_frames[clips].tolist()
+    labels = dict(zip(clips.tolist(), map(torch.from_numpy, frame_truth(truth, lengths)), strict=True))
+    features = dict(zip(clips.tolist(), frame_features(evaluation, clips, config.windows, task=task), strict=True))
+    results = []
+    for name, split in folds:
+        train = split.train.tolist()
+        trained = train_frame_head(
+            [features[clip] for clip in train], [labels[clip] for clip in train], num_classes, config.head,
+            device=evaluation.device,
+        )  # fmt: skip
+        probabilities = [frame_probabilities(trained.head, features[clip]) for clip in split.test.tolist()]
+        majority = int(torch.bincount(torch.cat([labels[clip] for clip in train])).argmax())
+        tested = true_segments(dataset, split.test, task, config.drop_reversed)
+        results.append(DenseFold(name, split.train, split.test, tested, probabilities, majority, trained.losses))
+    return results
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample deviation (None for a single one) and the values, (N,)."""
+    return {
+        "mean": float(np.mean(values)),
+        "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "values": [float(value) for value in values],
+    }
+
+
+def timelines(dataset: PackedDataset, fold: DenseFold, class_names: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """True and predicted segments of the first recordings of a fold, for a picture.
+
+    Predicted are the runs of the most probable class, with their mean probability as score; the background is left out.
+
+    Args:
+        dataset: Packed data set.
+        fold: Truth and prediction, (T, K + 1) of each recording.
+        class_names: K names.
+        count: Most recordings to take.
+    """
+    found = []
+    for number, (clip, probabilities) in enumerate(zip(fold.test[:count].tolist(), fold.probabilities, strict=False)):
+        true = fold.truth.take(fold.truth.recording == number).rows().tolist()
+        runs = zip(*(values.tolist() for values in label_runs(probabilities.argmax(1), 0)), strict=True)
+        predicted = [(label - 1, start, end, float(probabilities[start:end, label].mean())) for label, start, end in runs]
+        found.append({
+            "recording": str(dataset.names[clip]),
+            "num_frames": len(probabilities),
+            "truth": [
+                {"class": class_names[int(label)], "start": int(start), "end": int(end)} for _, label, start, end, _ in true
+            ],
+            "predicted": [
+                {"class": class_names[label], "start": start, "end": end, "score": score}
+                for label, start, end, score in predicted
+            ],
+        })
+    return found
+
+
+def dense_record(
+    evaluation: Evaluation, config: DenseConfig, folds: Sequence[DenseFold], task: str
+) -> dict[str, Any]:
+    """What was evaluated, on which recordings (N,), and how."""
+    clips = np.union1d(evaluation.split.train, evaluation.split.test)
+    train, test = (torch.from_numpy(np.unique(np.concatenate([getattr(f, part) for f in folds]))) for part in ("train", "test"))
+    # folds test and train on all clips in turn
+    whole = replace(evaluation, split=Split(clips, clips)) if config.leave_one_out is not None else evaluation
+    return {
+        **whole.record(task, train, test),
+        "num_classes": len(dense_classes(evaluation.dataset, task)),
+        "num_test_frames": int(evaluation.dataset.num_frames[test.numpy()].sum()),
+        "config": {**asdict(config), "receptive_field": config.head.receptive_field},
+        "folds": [
+            {"name": fold.name, "num_train": len(fold.train), "num_test": len(fold.test), "loss": fold.losses[-1]}
+            for fold in folds
+        ],
+    }

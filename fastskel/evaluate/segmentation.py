@@ -1,0 +1,73 @@
+"""Temporal action segmentation of untrimmed recordings: one class for every frame, with a head on frozen frame features."""
+
+from __future__ import annotations
+
+import os
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastskel.evaluate.dense import (
+    DenseConfig,
+    dense_classes,
+    dense_record,
+    frame_truth,
+    predict_frames,
+    spread,
+    timelines,
+)
+from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
+from fastskel.evaluate.report import write_results
+from fastskel.evaluate.segmentation_metrics import segmentation_metrics
+
+__all__ = ["evaluate_segmentation"]
+
+TASK = "segment"
+
+
+def evaluate_segmentation(
+    evaluation: Evaluation,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    config: DenseConfig | None = None,
+    count_background: bool = False,
+) -> dict[str, Any]:
+    """Classify every frame of untrimmed recordings, with a head on frozen frame features.
+
+    Args:
+        evaluation: Encoder, recordings, and how their frame features (T, D) are computed.
+        out: Folder for results.json; None: nothing is written.
+        config: Head, windows, folds.
+        count_background: Count runs of frames without an action in edit score and F1 as those of any class.
+    Returns:
+        "accuracy", "action_accuracy", "edit", "f1@10", "f1@25" and "f1@50" of all test recordings; "majority_accuracy",
+        what the most frequent class of the training frames alone reaches; with folds "over_folds", mean, deviation and
+        values of each of these; "timelines"; the record.
+    Raises:
+        ValueError: On missing or reversed segments, splits that share clips, encoders without frame features.
+    """
+    config = config or DenseConfig()
+    background = None if count_background else 0
+    folds = predict_frames(evaluation, config, TASK)
+    truths = [frame_truth(fold.truth, [len(values) for values in fold.probabilities]) for fold in folds]
+    predicted = [[values.argmax(1) for values in fold.probabilities] for fold in folds]
+    results = segmentation_metrics(list(chain(*predicted)), list(chain(*truths)), background=background)
+    right = [np.concatenate(truth) == fold.majority for fold, truth in zip(folds, truths, strict=True)]
+    results["majority_accuracy"] = float(np.concatenate(right).mean())
+    if config.leave_one_out is not None:
+        each = [segmentation_metrics(a, b, background=background) for a, b in zip(predicted, truths, strict=True)]
+        results["over_folds"] = {name: spread([values[name] for values in each]) for name in each[0]}
+    class_names = dense_classes(evaluation.dataset, TASK)
+    results |= {
+        "count_background": count_background,
+        **dense_record(evaluation, config, folds, TASK),
+        "timelines": timelines(evaluation.dataset, folds[0], class_names, config.num_timelines),
+    }
+    if out is not None:
+        write_results(Path(out) / "results.json", results)
+    return results
+
+
+TASKS.add("segment", Task(evaluate_segmentation, needs=("temporal",)))
