@@ -5,6 +5,7 @@ from fastskel.cli_evaluate.frozen import knn, linear
 from fastskel.cli_evaluate.fusion import fusion
 from fastskel.cli_evaluate.options import Command, Data, Run, chosen_split
 from fastskel.cli_evaluate.retrieval import retrieval
+from fastskel.cli_evaluate.trained import early, finetune, transfer
 
 __all__ = ["Command", "Data", "Run", "chosen_split", "evaluate_commands"]
 
@@ -17,13 +18,16 @@ def evaluate_commands() -> dict[str, Command]:
     return {
         "knn": knn,
         "linear": linear,
+        "finetune": finetune,
         "semi": semi,
         "retrieval": retrieval,
+        "transfer": transfer,
         "fewshot": fewshot,
         "oneshot": oneshot,
         "zeroshot": zeroshot,
-        "cluster": cluster,
         "detect": detect,
         "segment": segment,
+        "early": early,
+        "cluster": cluster,
         "fusion": fusion,
     }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastskel.data.views import ViewSpec
     from fastskel.evaluate import Evaluation
     from fastskel.models.encoder import Encoder
+    from fastskel.skeleton import Topology
 
 __all__ = ["Command", "Data", "EvaluateOptions", "Run", "chosen_split", "prepare", "say", "warn_if_seen"]
 
@@ -72,7 +73,7 @@ def chosen_split(dataset: PackedDataset, protocol: str | None, split_file: Path 
     return (split_file.stem, split(dataset, "", split_file)) if split_file is not None else None
 
 
-def _encoder(run: Path, dataset: PackedDataset, options: EvaluateOptions) -> tuple[Encoder, ViewSpec]:
+def _encoder(run: Path, topology: Topology, options: EvaluateOptions) -> tuple[Encoder, ViewSpec]:
     unrecorded = {k: getattr(options, k) for k in ("modality", "num_head", "gap", "alpha")}
     given = {k: v for k, v in unrecorded.items() if v is not None}
     if run.is_file():
@@ -80,7 +81,7 @@ def _encoder(run: Path, dataset: PackedDataset, options: EvaluateOptions) -> tup
 
         if options.average:
             raise ValueError(f"evaluate: average must be left out, {run} is a published file without one. Leave it out.")
-        return load_published_encoder(run, topology=dataset.topology, **given)
+        return load_published_encoder(run, topology=topology, **given)
     if given:
         raise ValueError(f"evaluate: {', '.join(given)} must be left out, {run} records them. They are for published files.")
     from fastskel.train import load_encoder
@@ -96,6 +97,7 @@ def prepare(
     options: EvaluateOptions,
     shown: Sequence[str] = (),
     parts: tuple[str, Split] | None = None,
+    skeleton: str | None = None,
 ) -> tuple[Evaluation, Path]:
     """Open data and encoder, and choose the folder of the results.
 
@@ -106,6 +108,7 @@ def prepare(
         options: What every evaluation asks for.
         shown: Settings of the task that tell its folder from those of others.
         parts: Name and clips (N,) of a split that the task makes itself; None: that of the options.
+        skeleton: That of a published file, which does not record it; None is the data set's.
     Returns:
         The evaluation of clips (N, T, M, V, C), and the folder.
     Raises:
@@ -114,6 +117,7 @@ def prepare(
     from fastskel.data.packed import open_dataset
     from fastskel.data.protocols import protocols
     from fastskel.evaluate import Evaluation
+    from fastskel.skeleton import topology
     from fastskel.train import choose_device, trained_clips
 
     dataset = open_dataset(data)
@@ -121,7 +125,9 @@ def prepare(
     if parts is None:
         known = ", ".join(protocols(dataset)) or "none"
         raise ValueError(f"evaluate: protocol or split_file must be given, got neither. Protocols of {data}: {known}.")
-    encoder, view = _encoder(run, dataset, options)
+    encoder, view = _encoder(run, dataset.topology if skeleton is None else topology(skeleton), options)
+    if run.is_file() and skeleton is not None:
+        view = replace(view, topology=skeleton)
     if options.normalise is not None:
         view = replace(view, normalise=options.normalise)
     # a published file and a checkpoint are left as they are: results go beside the one, into the run of the other

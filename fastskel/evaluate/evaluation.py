@@ -76,8 +76,9 @@ class Evaluation:
         """Labelled clips of a part of the split, (N,).
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there are none, or the encoder was made for another skeleton, number of bodies or channels.
         """
+        self._check_fit()
         indices = np.asarray(getattr(self.split, part), dtype=np.int64)
         known = indices[np.asarray(self.dataset.labels)[indices] >= 0]
         if known.size == 0:
@@ -86,6 +87,18 @@ class Evaluation:
                 "labelled. Check the protocol and the labels."
             )
         return known
+
+    def _check_fit(self) -> None:
+        wanted, dataset = self.encoder.shape if self.encoder is not None else None, self.dataset
+        pairs: list[tuple[str, object, object]] = [("skeleton", self.view.topology, dataset.topology.name)]
+        if wanted is not None:
+            pairs += list(zip(("bodies", "joints", "channels"), wanted[1:], dataset.frames.shape[1:], strict=True))
+        misfits = [f"{name} {own} for {there}" for name, own, there in pairs if own not in (None, there)]
+        if misfits:
+            raise ValueError(
+                f"evaluate: the encoder must be made for clips like those of {dataset.path}, got {', '.join(misfits)}. "
+                "Use evaluate transfer, which adapts them."
+            )
 
     def features_of(self, indices: NDArray[np.int64]) -> FeatureSet:
         """Features (N, F) of clips (N,), labelled or not, from the cache where they are."""

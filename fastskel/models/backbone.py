@@ -16,10 +16,10 @@ from fastskel.data.batch import View
 from fastskel.models.encoder import Encoder, Features
 from fastskel.nn.attention import BACKENDS, AttentionBackend
 from fastskel.nn.drop_path import DROP_PATH_MODES, DropPathMode
-from fastskel.nn.embed import PositionalEncoding, SkeletonEmbedding
+from fastskel.nn.embed import PositionalEncoding, SkeletonEmbedding, embed
 from fastskel.nn.kernel_choice import KERNEL_CHOICES, KernelChoice
 from fastskel.nn.memory import MEMORY_MODES, MemoryMode
-from fastskel.nn.pool import token_max
+from fastskel.nn.pool import prefix_pool, token_max
 from fastskel.nn.precision import Precision
 from fastskel.nn.projections import MergingLayer
 
@@ -72,6 +72,7 @@ class USDRLBackbone(Encoder):
         self.ske_emb = SkeletonEmbedding(num_spatial * num_channels, num_frames * num_channels, width)
         self.tpe = PositionalEncoding(width, MAX_POSITIONS)
 
+    shape: tuple[int, int, int, int]
     memory: MemoryMode = "lean"
     drop_path_mode: DropPathMode = "skip"
     attention_backend: AttentionBackend = "auto"
@@ -204,6 +205,24 @@ class USDRLBackbone(Encoder):
     def transform(self, temporal: Tensor, spatial: Tensor, view: View | None) -> tuple[Tensor, Tensor]:
         """Transform embedded tokens (N, T, D) and (N, M*V, D) to features of the same shapes."""
 
+    def causal_transform(self, temporal: Tensor, view: View | None) -> Tensor:
+        """Transform embedded temporal tokens (N, T, D) so that none depends on later ones; subclasses say how.
+
+        Raises:
+            ValueError: If the encoder has no such form.
+        """
+        raise ValueError(f"{type(self).__name__}: mode must be None, got 'causal', which it does not have. Choose DSTE or STTR.")
+
+    def layer_modules(self) -> list[list[nn.Module]]:
+        """List the layers of both streams, (N, S, D) each, by depth; subclasses with layers override this."""
+        return []
+
+    def depth_groups(self) -> list[list[nn.Parameter]]:
+        """List the parameters by depth: embedding and positions of (N, T, M, V, C), then layer by layer of both streams."""
+        layers = [[p for module in modules for p in module.parameters()] for modules in self.layer_modules()]
+        deep = {id(p) for group in layers for p in group}
+        return [[p for p in self.parameters() if id(p) not in deep], *layers]
+
     def check(self, clips: Tensor) -> None:
         """Refuse clips that are not (N, T, M, V, C) of the configured sizes.
 
@@ -235,17 +254,25 @@ class USDRLBackbone(Encoder):
         return 3 * total + 2 * first if backward else total + first
 
     def forward(self, view: View, *, token_mask: Tensor | None = None, mode: str | None = None) -> Features:
-        """Encode one view of clips (N, T, M, V, C); `token_mask` and `mode` are refused.
+        """Encode one view of clips (N, T, M, V, C).
 
+        Args:
+            view: The clips.
+            token_mask: Refused.
+            mode: None; or "causal": temporal tokens that depend on frames up to their own, by plain torch whatever `kernels`
+                and `attention_backend` say. Tokens of the spatial stream are of whole clips, so there are none.
         Returns:
-            `pooled` (N, 2*D): maxima over temporal, then spatial tokens; `temporal` (N, T, D); `spatial` (N, M*V, D).
+            `pooled` (N, 2*D): maxima over temporal, then spatial tokens; `temporal` (N, T, D); `spatial` (N, M*V, D). Of
+            "causal" `temporal`, and `pooled` by the maximum and the mean over it.
         """
-        if token_mask is not None or mode is not None:
+        if token_mask is not None or mode not in (None, "causal"):
             raise ValueError(
                 f"{type(self).__name__}: token_mask and mode must be None, got {type(token_mask).__name__} and {mode!r}. "
-                "This encoder neither masks tokens nor has variants."
+                "This encoder masks no tokens, and its only other mode is 'causal'."
             )
         self.check(view.clips)
+        if mode == "causal":
+            return self._causal(view)
         return self.pool(*self.streams(*tokens(view.clips), view))
 
     def pool(self, temporal: Tensor, spatial: Tensor) -> Features:
@@ -255,3 +282,12 @@ class USDRLBackbone(Encoder):
         return Features(
             torch.cat([y_t, y_s], -1), temporal=temporal, spatial=spatial, temporal_pooled=y_t, spatial_pooled=y_s
         )
+
+    def _causal(self, view: View) -> Features:
+        if self.frozen:
+            raise ValueError(
+                f"{type(self).__name__}: mode must be None for a copy made for inference, got 'causal'. Use the original."
+            )
+        embedded = embed(view.clips.flatten(2), self.ske_emb.t_embedding, self.kernels)
+        temporal = self.causal_transform(embedded, view)
+        return Features(prefix_pool(temporal)[:, -1], temporal=temporal)

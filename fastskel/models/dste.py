@@ -7,14 +7,16 @@ from typing import Literal, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastskel.data.batch import DrawAddress, View
 from fastskel.models.backbone import USDRLBackbone
 from fastskel.models.encoder import ENCODERS
+from fastskel.nn.causal import causal_dst_layer
 from fastskel.nn.drop_path import (
     NO_DROPS,
     NUM_DROP_PATHS,
+    DropPathMode,
     LayerDrops,
     drop_path_kept,
     drop_path_scales,
@@ -96,9 +98,16 @@ class DSTE(USDRLBackbone):
         width = self.num_token_features
         return self.num_layers * 2 * (25 * num_tokens * width**2 + 8 * num_tokens**2 * width)
 
-    def _drops(self, rows: int, view: View | None, tokens: Tensor) -> tuple[list[LayerDrops], list[LayerDrops]]:
+    def layer_modules(self) -> list[list[nn.Module]]:
+        """List the layers of both streams, (N, S, D) each, by depth."""
+        return [list(pair) for pair in zip(self.layers("t_tr"), self.layers("s_tr"), strict=True)]
+
+    def _drops(
+        self, rows: int, view: View | None, tokens: Tensor, mode: DropPathMode | None = None
+    ) -> tuple[list[LayerDrops], list[LayerDrops]]:
         if not self.training or self.drop_path == 0.0:
             return ([NO_DROPS] * self.num_layers,) * 2
+        mode = mode or self.drop_path_mode
         address = None if view is None else view.address
         if address is None:
             # existing code seeds torch's generator and knows no addresses: one draw from it keys this forward pass
@@ -111,11 +120,11 @@ class DSTE(USDRLBackbone):
             )
         shape = (rows, self.num_layers, 2, NUM_DROP_PATHS)
         on_host = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-        if self.drop_path_mode == "mask" and on_host:
+        if mode == "mask" and on_host:
             # the same draws, sooner
             scales = torch.from_numpy(self._kept(address).reshape(shape) / (1.0 - self.drop_path))
             return masked_drops(scales[:, :, 0]), masked_drops(scales[:, :, 1])
-        if self.drop_path_mode == "mask":
+        if mode == "mask":
             index, number = (part.to(tokens.device, non_blocking=True) for part in (address.index, address.view))
             scales = drop_path_scales(
                 self.drop_path, self.num_layers * 2 * NUM_DROP_PATHS,
@@ -154,6 +163,13 @@ class DSTE(USDRLBackbone):
             t = t_layer(self.tpe(t), t_drop, **how)
             s = s_layer(s + self.spe, s_drop, **how)
         return t, s
+
+    def causal_transform(self, temporal: Tensor, view: View | None) -> Tensor:
+        """Transform embedded temporal tokens (N, T, D) so that none depends on later ones; drops are those of `transform`."""
+        drops, _ = self._drops(temporal.shape[0], view, temporal, "mask")
+        for layer, drop in zip(self.layers("t_tr"), drops, strict=True):
+            temporal = causal_dst_layer(layer, self.tpe(temporal), drop)
+        return temporal
 
 
 ENCODERS.add("usdrl-dste", DSTE)

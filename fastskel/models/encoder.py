@@ -58,11 +58,13 @@ class Encoder(nn.Module, abc.ABC):
         num_features: The F of `Features.pooled`, (N, F).
         num_token_features: The D of `temporal`, `spatial` and `tokens`, (..., D).
         config: Constructor arguments, so that a checkpoint can rebuild the encoder.
+        shape: Longest clip that it takes, (T, M, V, C); None where it takes any.
     """
 
     num_features: int
     num_token_features: int
     config: dict[str, Any]
+    shape: tuple[int, int, int, int] | None = None
 
     @abc.abstractmethod
     def forward(self, view: View, *, token_mask: Tensor | None = None, mode: str | None = None) -> Features:
@@ -90,6 +92,13 @@ class Encoder(nn.Module, abc.ABC):
             Operations; None, as here, where an encoder does not say.
         """
         return None
+
+    def depth_groups(self) -> list[list[nn.Parameter]]:
+        """List the parameters by depth, those next to the clips (N, T, M, V, C) first; each is in one group.
+
+        Fine-tuning gives shallow ones smaller steps. Encoders of several layers override this; here all are of one depth.
+        """
+        return [list(self.parameters())]
 
     def optimize_for_inference(self, dtype: torch.dtype | None = None) -> Self:
         """Copy the encoder of views (N, T, M, V, C) for inference: in evaluation mode, without gradients.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastskel.data.batch import View
 from fastskel.models.backbone import USDRLBackbone
 from fastskel.models.encoder import ENCODERS
+from fastskel.nn.causal import causal_post_norm_layer
 from fastskel.nn.init import Init, initialise
 from fastskel.nn.post_norm import PostNormLayer, PostNormStack
 
@@ -72,6 +74,21 @@ class STTR(USDRLBackbone):
         how = dict(memory=self.memory, backend=self.attention_backend, kernels=self.kernels)
         t_tr, s_tr = self.get_submodule("t_tr"), self.get_submodule("s_tr")
         return t_tr(self.tpe(temporal), **how), s_tr(spatial + self.spe, **how)
+
+    def _layers(self, stream: Literal["t_tr", "s_tr"]) -> list[PostNormLayer]:
+        stack = cast(PostNormStack, self.get_submodule(stream))
+        return cast("list[PostNormLayer]", list(stack.layers))
+
+    def layer_modules(self) -> list[list[nn.Module]]:
+        """List the layers of both streams, (N, S, D) each, by depth."""
+        return [list(pair) for pair in zip(self._layers("t_tr"), self._layers("s_tr"), strict=True)]
+
+    def causal_transform(self, temporal: Tensor, view: View | None) -> Tensor:
+        """Transform embedded temporal tokens (N, T, D) so that none depends on later ones."""
+        temporal = self.tpe(temporal)
+        for layer in self._layers("t_tr"):
+            temporal = causal_post_norm_layer(layer, temporal)
+        return temporal
 
 
 ENCODERS.add("usdrl-sttr", STTR)

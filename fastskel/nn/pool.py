@@ -1,4 +1,4 @@
-"""Maximum over tokens that keeps one byte per element for its gradient."""
+"""Maximum over tokens that keeps one byte per element for its gradient, and pooling of every prefix of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from fastskel.kernels.token_pool import token_pool
 from fastskel.nn.kernel_choice import KernelChoice, choose_kernels
 
-__all__ = ["token_max"]
+__all__ = ["prefix_pool", "token_max"]
 
 # largest count that a byte holds
 MAX_BYTE = 255
@@ -59,3 +59,9 @@ def token_max(tokens: Tensor, kernels: KernelChoice = "auto") -> Tensor:
     if not (torch.is_grad_enabled() and tokens.requires_grad):
         return tokens.amax(1)
     return _TokenMax.apply(tokens)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def prefix_pool(tokens: Tensor) -> Tensor:
+    """Pool every prefix of tokens (N, S, D): maximum and mean of tokens 0 .. t, (N, S, 2D) for all t at once."""
+    count = torch.arange(1, tokens.shape[1] + 1, device=tokens.device, dtype=tokens.dtype)
+    return torch.cat([tokens.cummax(1).values, tokens.cumsum(1) / count[:, None]], -1)

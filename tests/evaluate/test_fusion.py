@@ -215,4 +215,4 @@ def test_command_line_refuses(runs, tmp_path, capsys) -> None:
     split_file.write_text(json.dumps({"train": [0], "test": [1]}))
     paths = [str(path) for path in (joint, bone, tmp_path / "ucla")]
     assert main(["evaluate", "fusion", *paths, "--split-file", str(split_file), "--quiet"]) == 2
-    assert "topology must be that of the data set" in capsys.readouterr().err
+    assert "the encoder must be made for clips like those of" in capsys.readouterr().err

@@ -1,0 +1,189 @@
+"""Commands that train an encoder further or try it where it was not made for: fine-tuning, transfer, early prediction."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, prepare, say, warn_if_seen
+
+if TYPE_CHECKING:
+    from fastskel.evaluate import FinetuneConfig, LinearConfig
+
+__all__ = ["FinetuneOptions", "early", "finetune", "transfer"]
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """Settings of a fine-tuning; the defaults were chosen on no test set.
+
+    Attributes:
+        epochs: Passes over the training clips.
+        batch_size: Clips per step.
+        optimizer: adamw, or sgd with momentum 0.9.
+        learning_rate: Step size of the linear layer.
+        layer_decay: Factor of the step size for each layer further from the output; 1 for equal steps.
+        weight_decay: Of matrices.
+        warmup_epochs: Epochs over which the step size rises.
+        schedule: cosine falls to zero; step falls tenfold at the milestones.
+        milestones: Epochs of the schedule step.
+        label_smoothing: Share of the target that is spread over all classes.
+        drop_path: DropPath rate in training; by default the encoder's own.
+        frozen_epochs: First epochs that train the linear layer alone.
+        crop: Least share of a clip that a random crop keeps in training; by default whole clips are trained on.
+        seed: Key of every draw.
+    """
+
+    epochs: int = 50
+    batch_size: int = 64
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    layer_decay: float = 0.75
+    weight_decay: float = 0.05
+    warmup_epochs: float = 5.0
+    schedule: Literal["cosine", "step"] = "cosine"
+    milestones: tuple[int, ...] = ()
+    label_smoothing: float = 0.1
+    drop_path: float | None = None
+    frozen_epochs: int = 0
+    crop: float | None = None
+    seed: int = 0
+
+
+def _config(options: FinetuneOptions) -> FinetuneConfig:
+    from fastskel.evaluate import FinetuneConfig
+
+    return FinetuneConfig(**vars(options))
+
+
+def _probe(seed: int) -> LinearConfig:
+    from fastskel.evaluate import LinearConfig
+
+    # step size and standardisation are chosen on held-out training clips
+    return LinearConfig(learning_rate=None, standardise=None, seed=seed)
+
+
+def finetune(
+    run: Run,
+    data: Data,
+    resume: bool = False,
+    settings: FinetuneOptions = FinetuneOptions(),
+    common: EvaluateOptions = EvaluateOptions(),
+) -> None:
+    """Train the encoder further with a linear layer, on labels, and classify the test clips.
+
+    Args:
+        run: Run folder, native checkpoint folder, or published .pth.tar.
+        data: Packed data set.
+        resume: Go on where it was stopped, bit for bit; all settings must be the same.
+        settings: Of the training.
+        common: What every evaluation takes.
+    """
+    from fastskel.evaluate import evaluate_finetune
+
+    evaluation, folder = prepare("finetune", run, data, common, [f"seed{settings.seed}"] if settings.seed else [])
+    say(evaluate_finetune(evaluation, folder, config=_config(settings), resume=resume), folder)
+
+
+def _source(run: Path) -> dict[str, Any]:
+    """What is known of the data that a run was trained on, from its record and that data, where they are still there."""
+    folder = run.resolve()
+    if folder.parent.name == "checkpoints":
+        folder = folder.parents[1]
+    if not (folder / "config.json").is_file():
+        return {}
+    config = json.loads((folder / "config.json").read_text())
+    found = {"path": config["data"], "sha256": config["identity"]["data"]}
+    meta = Path(config["data"]) / "meta.json"
+    if meta.is_file():
+        told = json.loads(meta.read_text())
+        found |= {key: told.get(key) for key in ("source", "topology", "units", "up_axis", "channels")}
+    return found
+
+
+def transfer(
+    run: Run,
+    data: Data,
+    trained_on: str | None = None,
+    plane: Literal["xy", "xz", "yz"] | None = None,
+    scale: float | None = None,
+    k: int = 1,
+    fine_tune: bool = False,
+    resume: bool = False,
+    settings: FinetuneOptions = FinetuneOptions(),
+    common: EvaluateOptions = EvaluateOptions(),
+) -> None:
+    """Try an encoder on a data set of another skeleton, number of bodies or coordinates.
+
+    Args:
+        run: Run folder, native checkpoint folder, or published .pth.tar.
+        data: Packed data set, not normalised when packed if its joints are to be remapped.
+        trained_on: Skeleton that a published file was trained on, such as ntu-25; runs record theirs.
+        plane: Plane that data in space are projected on, for an encoder of two channels.
+        scale: Factor of all coordinates; by default data of another unit are scaled to a torso of 0.4 m.
+        k: Neighbours that vote.
+        fine_tune: Fine-tune too, beside neighbours and linear probe.
+        resume: Go on where a fine-tuning was stopped.
+        settings: Of the fine-tuning.
+        common: What every evaluation takes.
+    """
+    from fastskel.evaluate import evaluate_transfer
+
+    if trained_on is not None and not run.is_file():
+        raise ValueError(f"evaluate: trained_on must be left out, {run} records its skeleton. It is for published files.")
+    shown = [f"seed{settings.seed}"] if settings.seed else []
+    evaluation, folder = prepare("transfer", run, data, common, shown, skeleton=trained_on)
+    result = evaluate_transfer(
+        evaluation, folder, source={} if run.is_file() else _source(run), plane=plane, scale=scale, config=_probe(settings.seed),
+        k=k, finetune_config=_config(settings) if fine_tune else None, resume=resume,
+    )  # fmt: skip
+    done = result["adaptation"]
+    print(f"skeleton {done['skeleton']}, bodies {done['bodies']}, scale {done['scale']:.3g}, upwards {done['up_axis']}")
+    if done.get("joints_absent"):
+        print(f"joints that the data do not have: {', '.join(done['joints_absent'])}")
+    warn_if_seen(result)
+    for name in ("knn", "linear", "finetune"):
+        if name in result:
+            row = "  ".join(f"{key} {100 * value:.1f} %" for key, value in result[name].items())
+            print(f"{name:<9} {row}")
+    print(f"({result['num_train']} train, {result['num_test']} test clips; {folder})")
+
+
+def early(
+    run: Run,
+    data: Data,
+    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    train_full: bool = False,
+    causal: bool = False,
+    fine_tune: bool = False,
+    resume: bool = False,
+    settings: FinetuneOptions = FinetuneOptions(),
+    common: EvaluateOptions = EvaluateOptions(),
+) -> None:
+    """Classify clips of which only the first frames were observed.
+
+    Args:
+        run: Run folder, native checkpoint folder, or published .pth.tar.
+        data: Packed data set.
+        ratios: Shares of a clip that are observed, ascending.
+        train_full: Train once on whole clips, instead of on what is observed for each ratio.
+        causal: Run the encoder over whole clips with its sight cut off behind each frame, instead of over each prefix; wants
+            fine_tune.
+        fine_tune: Train the encoder further instead of a linear layer on frozen features.
+        resume: Go on where a fine-tuning was stopped.
+        settings: Of the fine-tuning; of a linear layer the seed.
+        common: What every evaluation takes.
+    """
+    from fastskel.evaluate import evaluate_early
+
+    chosen = {"causal": causal, "train-full": train_full, "fine-tuned": fine_tune, f"seed{settings.seed}": bool(settings.seed)}
+    evaluation, folder = prepare("early", run, data, common, [name for name, given in chosen.items() if given])
+    result = evaluate_early(
+        evaluation, folder, ratios=ratios, config=_probe(settings.seed), finetune_config=_config(settings) if fine_tune else None,
+        train_full=train_full, causal=causal, resume=resume,
+    )  # fmt: skip
+    for row in result["curve"]:
+        print(f"observed {100 * row['ratio']:5.1f} %  top1 {100 * row['top1']:.1f} %  mean_class {100 * row['mean_class']:.1f} %")
+    say(result, folder, ("area",))

@@ -1,0 +1,94 @@
+"""`fastskel evaluate finetune | transfer | early` through `main`, on an untrained encoder's checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastskel.cli import main
+from fastskel.cli_evaluate.trained import FinetuneOptions
+from fastskel.data import make_synthetic
+from fastskel.data.convert import convert_dataset
+from fastskel.data.views import eval_view
+from fastskel.evaluate import FinetuneConfig, load_classifier
+from fastskel.models import DSTE
+from fastskel.train.checkpoint import save_checkpoint, weights
+
+QUICK = ["--epochs", "2", "--batch-size", "8", "--warmup-epochs", "0", "--quiet"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the packed data sets `data` and `other`, of another skeleton, and an encoder's checkpoint in `run`."""
+    monkeypatch.chdir(tmp_path)
+    dataset = make_synthetic(tmp_path / "data", num_clips=24, num_classes=3, num_subjects=4)
+    convert_dataset(dataset, "kinect-20-utd", tmp_path / "other")
+    torch.manual_seed(0)
+    encoder = DSTE(num_joints=25, num_bodies=1, num_frames=8, width=8)
+    state = {
+        "encoder": {"name": "usdrl-dste", "config": encoder.config}, "eval_view": eval_view(8, normalise="center"),
+        "topology": "ntu-25",
+    }  # fmt: skip
+    save_checkpoint(tmp_path / "run" / "checkpoints", 1, weights({"encoder": encoder}), state)
+    return tmp_path
+
+
+def refused(capsys, *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
+def test_options_have_the_defaults_of_the_settings() -> None:
+    settings = FinetuneConfig()
+    for field in dataclasses.fields(FinetuneOptions):
+        assert field.default == getattr(settings, field.name), field.name
+
+
+def test_finetune(here, capsys) -> None:
+    command = ["evaluate", "finetune", "run", "data", "--protocol", "xsub", *QUICK]
+    assert main(command) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("top1 ") and "run/finetune-xsub-data)" in output.out and output.err == ""
+    results = json.loads(Path("run/finetune-xsub-data/results.json").read_text())
+    assert results["config"]["epochs"] == 2 and len(results["history"]) == 2
+    assert load_classifier("run/finetune-xsub-data")[2] == results_names(results)
+    assert "with a fine-tuning. Resume it" in refused(capsys, *command)
+    assert main([*command, "--resume"]) == 0
+    # what was fine-tuned is a run for other evaluations
+    assert main(["evaluate", "knn", "run/finetune-xsub-data", "data", "--protocol", "xsub", "--quiet"]) == 0
+
+
+def results_names(results) -> list[str]:
+    rows = Path("run/finetune-xsub-data/confusion.csv").read_text().splitlines()
+    assert len(rows) == 1 + results["num_classes"]
+    return [row.split(",")[0] for row in rows[1:]]
+
+
+def test_transfer(here, capsys) -> None:
+    error = refused(capsys, "evaluate", "knn", "run", "other", "--protocol", "xsub", "--quiet")
+    assert "got skeleton ntu-25 for kinect-20-utd" in error and "Use evaluate transfer" in error
+    assert main(["evaluate", "transfer", "run", "other", "--protocol", "xsub", "--fine-tune", *QUICK]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "skeleton kinect-20-utd for ntu-25, bodies 1 for 1, scale 1, upwards y for y"
+    assert lines[1].startswith("joints that the data do not have: ")
+    assert [line.split()[0] for line in lines[2:5]] == ["knn", "linear", "finetune"]
+    results = json.loads(Path("run/transfer-xsub-other/results.json").read_text())
+    assert {"knn", "linear", "finetune", "adaptation", "source"} <= set(results)
+    error = refused(capsys, "evaluate", "transfer", "run", "other", "--protocol", "xsub", "--trained-on", "ntu-25", "--quiet")
+    assert "trained_on must be left out, run records its skeleton" in error
+
+
+def test_early(here, capsys) -> None:
+    command = ["evaluate", "early", "run", "data", "--protocol", "xsub", "--ratios", "0.3", "1.0"]
+    assert main([*command, "--quiet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:16] for line in lines[:2]] == ["observed  30.0 %", "observed 100.0 %"] and lines[2].startswith("area ")
+    assert main([*command, "--causal", "--fine-tune", *QUICK]) == 0
+    results = json.loads(Path("run/early-xsub-data-causal-fine-tuned/results.json").read_text())
+    assert (results["scheme"], [row["ratio"] for row in results["curve"]]) == ("causal", [0.3, 1.0])
+    assert "train_full must be False with causal" in refused(capsys, *command, "--causal", "--train-full", "--quiet")
