@@ -136,6 +136,8 @@ def test_the_interpreter_ends_while_a_thread_waits(folder: Path) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGINT") or os.name != "posix", reason="sends a signal")
 def test_ctrl_c_ends_a_wait(folder: Path) -> None:
     source = SETUP + """
+    # what a shell starts in the background begins with the signal ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stream = stream_of(opened(Path(sys.argv[1])), [slow(1_000_001)], num_threads=1, batch_size=8)
     stream.start(0, np.arange(NUM), 0)
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
