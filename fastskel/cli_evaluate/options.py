@@ -155,7 +155,7 @@ def warn_if_seen(result: Mapping[str, Any]) -> None:
     if result["test_clips_trained_on"]:
         print(
             f"warning: {result['test_clips_trained_on']} of {result['num_test']} test clips were trained on, without their "
-            f"labels; pretrain with --protocol {result['protocol']} to keep them apart",
+            "labels; pretrain on other clips (--protocol or --split-file) to keep them apart",
             file=sys.stderr,
         )
 

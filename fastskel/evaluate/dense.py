@@ -24,7 +24,7 @@ from fastskel.evaluate.segmentation_metrics import label_runs
 from fastskel.evaluate.windows import Windows, frame_features
 
 __all__ = [
-    "DenseConfig", "DenseFold", "dense_classes", "dense_record", "frame_truth", "leave_one_out", "predict_frames", "spread",
+    "DenseConfig", "DenseFold", "dense_classes", "dense_record", "frame_truth", "leave_one_out", "predict_frames",
     "timelines", "true_segments",
 ]  # fmt: skip
 
@@ -48,6 +48,10 @@ class DenseConfig:
     drop_reversed: bool = False
     num_timelines: int = 3
 
+    def __post_init__(self) -> None:
+        if self.num_timelines < 0:
+            raise ValueError(f"DenseConfig: num_timelines must be at least 0, got {self.num_timelines}. Pass 0 for none.")
+
 
 @dataclass(frozen=True)
 class DenseFold:
@@ -61,6 +65,7 @@ class DenseFold:
         probabilities: For each test recording, (T, K + 1), the background first.
         majority: Class most training frames have, the background being 0.
         losses: Mean loss of each epoch.
+        num_features: Width D of the frame features.
     """
 
     name: str
@@ -70,6 +75,7 @@ class DenseFold:
     probabilities: list[NDArray[np.float64]]
     majority: int
     losses: tuple[float, ...]
+    num_features: int
 
 
 def dense_classes(dataset: PackedDataset, task: str) -> list[str]:
@@ -187,17 +193,9 @@ def predict_frames(evaluation: Evaluation, config: DenseConfig, task: str) -> li
         probabilities = [frame_probabilities(trained.head, features[clip]) for clip in split.test.tolist()]
         majority = int(torch.bincount(torch.cat([labels[clip] for clip in train])).argmax())
         tested = true_segments(dataset, split.test, task, config.drop_reversed)
-        results.append(DenseFold(name, split.train, split.test, tested, probabilities, majority, trained.losses))
+        width = trained.head.mean.numel()
+        results.append(DenseFold(name, split.train, split.test, tested, probabilities, majority, trained.losses, width))
     return results
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample deviation (None for a single one) and the values, (N,)."""
-    return {
-        "mean": float(np.mean(values)),
-        "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "values": [float(value) for value in values],
-    }
 
 
 def timelines(dataset: PackedDataset, fold: DenseFold, class_names: Sequence[str], count: int) -> list[dict[str, Any]]:
@@ -241,6 +239,8 @@ def dense_record(
     return {
         **whole.record(task, train, test),
         "num_classes": len(dense_classes(evaluation.dataset, task)),
+        # of a frame, not of a clip
+        "num_features": folds[0].num_features,
         "num_test_frames": int(evaluation.dataset.num_frames[test.numpy()].sum()),
         "config": {**asdict(config), "receptive_field": config.head.receptive_field},
         "folds": [

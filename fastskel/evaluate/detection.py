@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastskel.atomic import atomic_write
-from fastskel.evaluate.dense import DenseConfig, dense_classes, dense_record, predict_frames, spread, timelines
+from fastskel.evaluate.dense import DenseConfig, dense_classes, dense_record, predict_frames, timelines
 from fastskel.evaluate.detection_metrics import Segments, detection_metrics, temporal_nms
 from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
+from fastskel.evaluate.metrics import mean_and_deviation
 from fastskel.evaluate.report import write_results
 
 __all__ = ["ProposalConfig", "evaluate_detection", "frame_proposals"]
@@ -139,7 +140,7 @@ def evaluate_detection(
             detection_metrics(fold.truth, segments, len(class_names), len(fold.test))[MAIN]
             for fold, segments in zip(folds, found, strict=True)
         ]
-        results["over_folds"] = {name: spread([values[name] for values in each]) for name in HEADLINES}
+        results["over_folds"] = {name: mean_and_deviation([values[name] for values in each]) for name in HEADLINES}
     results |= {
         "num_segments": len(truth),
         "num_proposals": len(pooled),

@@ -58,6 +58,8 @@ class FrameHeadConfig:
         for name in ("weight_decay", "smoothing"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"FrameHeadConfig: {name} must be at least 0, got {getattr(self, name)}. Pass 0.")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"FrameHeadConfig: seed must lie in [0, 2^64), got {self.seed}. Pass 0.")
 
     @property
     def receptive_field(self) -> int:
@@ -199,7 +201,7 @@ def train_frame_head(
     _check(features, labels, num_classes)
     # the start of the weights is drawn on the host, and torch's generator is left as it was
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
         head = FrameHead(config, features[0].shape[1], num_classes)
     head.standardise(features)
     head.to(device).train()

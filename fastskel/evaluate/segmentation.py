@@ -15,10 +15,10 @@ from fastskel.evaluate.dense import (
     dense_record,
     frame_truth,
     predict_frames,
-    spread,
     timelines,
 )
 from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
+from fastskel.evaluate.metrics import mean_and_deviation
 from fastskel.evaluate.report import write_results
 from fastskel.evaluate.segmentation_metrics import segmentation_metrics
 
@@ -58,7 +58,7 @@ def evaluate_segmentation(
     results["majority_accuracy"] = float(np.concatenate(right).mean())
     if config.leave_one_out is not None:
         each = [segmentation_metrics(a, b, background=background) for a, b in zip(predicted, truths, strict=True)]
-        results["over_folds"] = {name: spread([values[name] for values in each]) for name in each[0]}
+        results["over_folds"] = {name: mean_and_deviation([values[name] for values in each]) for name in each[0]}
     class_names = dense_classes(evaluation.dataset, TASK)
     results |= {
         "count_background": count_background,

@@ -244,5 +244,8 @@ def frame_features(
                 )
             if path is not None:
                 _write(path, key, features)
+                # mapped from now on: recordings of a large set do not fit into memory together
+                mapped = _read(path, key, len(features))
+                features = features if mapped is None else mapped
         found.append(features)
     return found

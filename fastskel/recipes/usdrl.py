@@ -183,9 +183,9 @@ def _published(encoder: Encoder) -> Iterator[tuple[str, str, USDRLRecipe]]:
     journal = replace(aaai, weighting="journal", lr=1e-4, init="torch" if encoder == "sttr" else "usdrl")
     yield "", f"{ntu} as the AAAI code trains it; before detection on PKU-MMD I too.", aaai
     yield "-journal", f"{ntu} as the journal code trains it.", journal
-    longer = replace(aaai, batch_size=512, epochs=1201, milestones=(801,))
+    longer = replace(aaai, batch_size=512, base_batch_size=512, epochs=1201, milestones=(801,))
     yield "-pku", "on PKU-MMD II (xsub) as the AAAI code trains it.", longer
-    flat = replace(journal, batch_size=384, **_17_JOINTS)
+    flat = replace(journal, batch_size=384, base_batch_size=384, **_17_JOINTS)
     yield "-2d", "on NTU-60 or NTU-120 in 2-D (17 joints) as the journal code trains it.", flat
     yield "-uav", "on UAV-Human (v1, v2; 17 joints), constants of the journal code.", replace(journal, **_17_JOINTS)
     yield "-multimodal", f"{ntu}, joints, bones and motion in one.", replace(journal, consistency="multi-modal")

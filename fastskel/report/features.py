@@ -58,7 +58,7 @@ def shown_clips(found: Found, dataset: PackedDataset, identity: str) -> Shown:
             continue
         if (labels[test] >= 0).any():
             return Shown(dataset, test[labels[test] >= 0], f"test clips of {protocol}")
-    return Shown(dataset, np.arange(len(dataset)), "all clips, as no protocol of the data set is known to be used")
+    return Shown(dataset, np.arange(len(dataset)), "clips (all, as no protocol of the data set is known to be used)")
 
 
 def embedding_map(encoder: Encoder, view: ViewSpec, shown: Shown, found: Found, *, device: str, progress: bool) -> Markup:

@@ -119,7 +119,9 @@ def read_run(run: str | os.PathLike[str], more: Sequence[str | os.PathLike[str]]
     given = Path(run)
     found = Found(given)
     base = found.base
-    paths = sorted({*base.glob(f"*/{RESULTS_FILE}"), *base.glob(f"*-results/*/{RESULTS_FILE}")})
+    # a fine-tuned classifier is a run that lies beside its own results
+    own = [base / RESULTS_FILE] if (base / RESULTS_FILE).is_file() else []
+    paths = own + sorted({*base.glob(f"*/{RESULTS_FILE}"), *base.glob(f"*-results/*/{RESULTS_FILE}")})
     for folder in map(Path, more):
         if not folder.is_dir():
             raise ValueError(f"report: results must be folders, got {folder}. Correct the path.")

@@ -24,10 +24,11 @@ from fastskel.evaluate import (
     evaluate_detection,
     evaluate_segmentation,
 )
-from fastskel.evaluate.dense import frame_truth, leave_one_out, spread, true_segments
+from fastskel.evaluate.dense import frame_truth, leave_one_out, true_segments
 from fastskel.evaluate.detection import frame_proposals
 from fastskel.evaluate.detection_metrics import Segments
 from fastskel.evaluate.evaluation import TASKS
+from fastskel.evaluate.metrics import mean_and_deviation
 
 T = 8
 CONFIG = DenseConfig(FrameHeadConfig(learning_rate=0.05, epochs=20))
@@ -125,7 +126,7 @@ def test_leave_one_out(evaluate, data) -> None:
     assert [(fold["num_train"], fold["num_test"]) for fold in result["folds"]] == [(6, 2)] * 4
     assert (result["num_train"], result["num_test"], result["dropped_test"]) == (8, 8, 0)
     values = result["over_folds"][name]["values"]
-    assert result["over_folds"][name] == spread(values) and len(values) == 4
+    assert result["over_folds"][name] == mean_and_deviation(values) and len(values) == 4
     if evaluate is evaluate_detection:
         # a recording is judged by itself, and folds have two each: all together are the mean of the folds
         assert result["map_video"] == pytest.approx(result["over_folds"]["map_video"]["mean"], abs=1e-12)
@@ -147,11 +148,6 @@ def test_folds(data) -> None:
         leave_one_out(data, "subject", np.array([0, 1]))
     with pytest.raises(ValueError, match="name must be of subject, got 'camera'"):
         leave_one_out(data, "camera", np.arange(8))
-
-
-def test_spread() -> None:
-    assert spread([1.0, 3.0]) == {"mean": 2.0, "deviation": pytest.approx(2**0.5), "values": [1.0, 3.0]}
-    assert spread([1.0])["deviation"] is None
 
 
 def test_the_later_segment_counts_where_two_overlap() -> None:
@@ -220,6 +216,8 @@ def test_refused(evaluate, data, encoder, tmp_path: Path) -> None:
     assert sum(len(line["truth"]) for line in dropped["timelines"]) == 5
     with pytest.raises(ValueError, match=f"{task}: the encoder must provide 'temporal' features, got none"):
         evaluate(replace(evaluation(data), encoder=encoder), tmp_path / "out")
+    with pytest.raises(ValueError, match="num_timelines must be at least 0, got -1"):
+        replace(CONFIG, num_timelines=-1)
     assert not (tmp_path / "out").exists()
     assert TASKS[task].run is evaluate and TASKS[task].needs == ("temporal",)
 
@@ -240,6 +238,8 @@ def test_windows_and_heads_reach_the_features(data) -> None:
     other = evaluate_segmentation(evaluation(data), config=wide)
     assert other["accuracy"] != plain["accuracy"]
     assert (other["config"]["windows"]["window"], other["config"]["head"]["head"]) == (20, "tcn")
+    # what the head is given, not the pooled features of a clip
+    assert (plain["num_features"], other["num_features"]) == (75, 75)
     assert (plain["config"]["receptive_field"], other["config"]["receptive_field"]) == (1, 7)
 
 
@@ -252,19 +252,24 @@ def test_commands(data, tmp_path: Path, monkeypatch, capsys) -> None:
     options = ["run", str(data.path), "--leave-one-out", "subject", "--epochs", "3", "--quiet", "--device", "cpu"]
     assert main(["evaluate", "detect", *options, "--thresholds", "0.02", "0.3", "--nms", "0.5"]) == 0
     said = capsys.readouterr()
-    folder = Path("run/detect-leave-one-subject-out-packed-linear-above0.02-0.3-nms0.5")
+    folder = Path("run/detect-leave-one-subject-out-packed-linear-epochs3-above0.02-0.3-nms0.5")
     assert f"(8 test recordings, {data.num_frames.sum()} frames; {folder})" in said.out
     assert "mean and deviation over 4 folds: map_action" in said.out and "IoU     0.1    0.2" in said.out
     assert "warning: 8 of 8 test clips were trained on" in said.err
     assert json.loads((folder / "results.json").read_text())["proposal_config"] == {"thresholds": [0.02, 0.3], "nms": 0.5}
     assert main(["evaluate", "segment", *options, "--head", "tcn", "--overlap", "0.25", "--smoothing", "0.15"]) == 0
     assert "majority_accuracy" in capsys.readouterr().out
-    stored = json.loads(Path("run/segment-leave-one-subject-out-packed-tcn-overlap0.25/results.json").read_text())
+    folder = Path("run/segment-leave-one-subject-out-packed-tcn-epochs3-smoothing0.15-overlap0.25")
+    stored = json.loads((folder / "results.json").read_text())
+    assert stored["num_features"] == 8
     assert stored["config"]["head"]["smoothing"] == 0.15 and stored["config"]["windows"]["overlap"] == 0.25
+    # settings of the head are told apart too: nothing is written over
+    assert main(["evaluate", "segment", *options, "--head", "tcn", "--overlap", "0.25", "--class-weights"]) == 0
+    assert len(list(Path("run").glob("segment-*"))) == 2
     # features of both windows are there to be used again
     assert len(list(Path("run/features").iterdir())) == 16
     assert main(["evaluate", "segment", *options, "--protocol", "xsub"]) == 2
     assert "protocol and split_file must be left out with leave_one_out" in " ".join(capsys.readouterr().err.split())
     Path("halves.json").write_text(json.dumps({"train": list(range(4)), "test": list(range(4, 8))}))
     assert main(["evaluate", "segment", "run", str(data.path), "--split-file", "halves.json", "--epochs", "3", "--quiet"]) == 0
-    assert Path("run/segment-halves-packed-linear/results.json").exists()
+    assert Path("run/segment-halves-packed-linear-epochs3/results.json").exists()

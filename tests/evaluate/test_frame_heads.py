@@ -143,6 +143,8 @@ def test_refused() -> None:
         ({"head": "lstm"}, "head must be linear or tcn, got 'lstm'"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ({"seed": -1}, r"seed must lie in \[0, 2\^64\), got -1"),
+        ({"seed": 2**64}, r"seed must lie in \[0, 2\^64\), got 18446744073709551616"),
         ({"smoothing": -1.0}, "smoothing must be at least 0, got -1.0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -43,6 +43,8 @@ def test_published_constants(name) -> None:
     joints, batch, epochs, milestone, lr, weighting = PUBLISHED[name]
     stage = stage_of(RECIPES[name](), joints)
     assert (stage.batch_size, stage.epochs, stage.milestones, stage.lr) == (batch, epochs, (milestone,), lr)
+    # scaling leaves the rate of the published batch alone
+    assert RECIPES[name]().base_batch_size == batch
     assert (stage.optimizer, stage.weight_decay, stage.lr_factor) == ("adam", 1e-5, 0.1)
     assert (stage.clip_norm, stage.warmup_steps, stage.schedule) == (0, 0, "step")
     assert stage.objective_options["weighting"] == weighting

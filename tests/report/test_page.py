@@ -256,6 +256,9 @@ def test_results_elsewhere_and_beside_a_published_file(run: Path, read, tmp_path
     assert "There is no record of the training." in root.text
     assert ["does not record its encoder's settings" in problem.reason for problem in found.problems] == [True]
     assert (results / "report.html").is_file()
+    # a fine-tuned classifier lies beside its own results
+    root, _, found = make(run / "linear-xsub-data", read)
+    assert [result.task for result in found.results] == ["linear"] and "linear" in root.by_id("results").text
     # the same folder twice is one result
     assert len(write_report(run, results=[run, run], clips=0, progress=False)[1].results) == 1
 
