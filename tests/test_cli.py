@@ -259,7 +259,7 @@ def test_evaluate_a_run(here, capsys, task, options) -> None:
     assert main(["evaluate", task, "run", "data", "--protocol", "xsub", "--quiet", *options]) == 0
     output = capsys.readouterr()
     parts = open_dataset("data").splits["xsub"]
-    place = f"run/{task}-xsub-data" + ("-k3" if "--k" in options else "")
+    place = f"run/{task}-xsub-data" + ("-k3" if "--k" in options else "-epochs3-seed1")
     sizes = f"{len(parts['train'])} train, {len(parts['test'])} test clips; {place}"
     assert re.fullmatch(rf"top1 [\d.]+ %  top5 [\d.]+ %  mean_class [\d.]+ %   \({sizes}\)\n", output.out)
     assert output.err == ""

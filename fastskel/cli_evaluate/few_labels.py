@@ -96,6 +96,7 @@ def fewshot(
     from fastskel.evaluate import evaluate_fewshot
 
     shown = [f"{ways}way", f"{shots}shot", *([classifier] if classifier != "mean" else []), *(["centred"] if centre else [])]
+    shown += [f"seed{seed}"] if seed else []
     evaluation, folder = prepare("fewshot", run, data, common, shown)
     result = evaluate_fewshot(
         evaluation, folder, ways=ways, shots=shots, queries=queries, episodes=episodes, classifier=classifier,
@@ -164,7 +165,7 @@ def zeroshot(
     hidden = _listed("unseen", unseen, unseen_file)
     if hidden is None:
         raise ValueError("evaluate: unseen or unseen_file must be given, got neither. Name the classes that are not shown.")
-    evaluation, folder = prepare("zeroshot", run, data, common)
+    evaluation, folder = prepare("zeroshot", run, data, common, [f"seed{seed}"] if seed else [])
     result = evaluate_zeroshot(evaluation, folder, embeddings=embeddings, unseen=hidden, penalty=penalty, seed=seed)
     say(result, folder, ("top1", "mean_class"))
     told = {name: value for name, value in result["generalised"].items() if value is not None}

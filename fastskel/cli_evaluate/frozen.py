@@ -54,12 +54,14 @@ def linear(
     """
     from fastskel.evaluate import LinearConfig, LogisticConfig, evaluate_linear, evaluate_logistic
 
+    seeded = [f"seed{seed}"] if seed else []
     if solver == "exact":
         if learning_rate is not None or published is not None or epochs != 160:
             raise ValueError(
                 "evaluate: learning_rate, published and epochs must be left out, the exact solver has none. Leave them out."
             )
-        evaluation, folder = prepare("linear", run, data, common, ["exact"])
+        shown = ["exact", *([f"penalty{penalty:g}"] if penalty is not None else []), *seeded]
+        evaluation, folder = prepare("linear", run, data, common, shown)
         say(evaluate_logistic(evaluation, folder, config=LogisticConfig(penalty=penalty, seed=seed)), folder)
         return
     if penalty is not None:
@@ -72,5 +74,7 @@ def linear(
         learning_rate = LINEAR_RATES[published]
     standardise = None if learning_rate is None else False
     config = LinearConfig(learning_rate=learning_rate, standardise=standardise, epochs=epochs, seed=seed)
-    evaluation, folder = prepare("linear", run, data, common)
+    shown = [f"lr{learning_rate:g}"] if learning_rate is not None else []
+    shown += [f"epochs{epochs}"] if epochs != 160 else []
+    evaluation, folder = prepare("linear", run, data, common, [*shown, *seeded])
     say(evaluate_linear(evaluation, folder, config=config), folder)

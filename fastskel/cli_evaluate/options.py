@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from fastskel.data.packed import PackedDataset
     from fastskel.data.protocols import Split
     from fastskel.data.views import ViewSpec
@@ -73,7 +76,8 @@ def chosen_split(dataset: PackedDataset, protocol: str | None, split_file: Path 
     return (split_file.stem, split(dataset, "", split_file)) if split_file is not None else None
 
 
-def _encoder(run: Path, topology: Topology, options: EvaluateOptions) -> tuple[Encoder, ViewSpec]:
+def _encoder(run: Path, topology: Topology, options: EvaluateOptions) -> tuple[Encoder, ViewSpec, Mapping[str, Any]]:
+    """Encoder of views (N, T, M, V, C), its view, and what its checkpoint says; a published file says nothing."""
     unrecorded = {k: getattr(options, k) for k in ("modality", "num_head", "gap", "alpha")}
     given = {k: v for k, v in unrecorded.items() if v is not None}
     if run.is_file():
@@ -81,13 +85,42 @@ def _encoder(run: Path, topology: Topology, options: EvaluateOptions) -> tuple[E
 
         if options.average:
             raise ValueError(f"evaluate: average must be left out, {run} is a published file without one. Leave it out.")
-        return load_published_encoder(run, topology=topology, **given)
+        return *load_published_encoder(run, topology=topology, **given), {}
     if given:
         raise ValueError(f"evaluate: {', '.join(given)} must be left out, {run} records them. They are for published files.")
+    from fastskel.evaluate.classifier import adapted_again
     from fastskel.train import load_encoder
 
-    encoder, view, _ = load_encoder(run, average=options.average)
-    return encoder, view
+    encoder, view, checkpoint = load_encoder(run, average=options.average)
+    # what a transfer fine-tuned is an encoder of its data's bodies and coordinates
+    return adapted_again(encoder, checkpoint.state["encoder"]), view, checkpoint.state
+
+
+def _clips_seen(
+    run: Path, base_run: Path, told: Mapping[str, Any], dataset: PackedDataset, split: Split
+) -> NDArray[np.int64] | None:
+    """Clips (n,) that an encoder was trained on without their labels; None: not known.
+
+    Raises:
+        ValueError: If it was fine-tuned on labels of test clips.
+    """
+    import numpy as np
+
+    from fastskel.data.identity import dataset_identity
+    from fastskel.train import trained_clips
+
+    if told.get("task") != "finetune":
+        return None if run.is_file() else trained_clips(base_run, dataset)
+    if told["identity"]["data"] != dataset_identity(dataset):
+        return None
+    shared = np.intersect1d(split.test, told.get("labelled_clips", []))
+    if shared.size:
+        raise ValueError(
+            f"evaluate: {run} must not have seen labels of the test part, got {shared.size} of {len(split.test)} test clips "
+            "that it was fine-tuned on. Use the protocol of the fine-tuning."
+        )
+    seen = told.get("unlabelled_clips")
+    return None if seen is None else np.asarray(seen, np.int64)
 
 
 def prepare(
@@ -118,14 +151,14 @@ def prepare(
     from fastskel.data.protocols import protocols
     from fastskel.evaluate import Evaluation
     from fastskel.skeleton import topology
-    from fastskel.train import choose_device, trained_clips
+    from fastskel.train import choose_device
 
     dataset = open_dataset(data)
     parts = parts or chosen_split(dataset, options.protocol, options.split_file)
     if parts is None:
         known = ", ".join(protocols(dataset)) or "none"
         raise ValueError(f"evaluate: protocol or split_file must be given, got neither. Protocols of {data}: {known}.")
-    encoder, view = _encoder(run, dataset.topology if skeleton is None else topology(skeleton), options)
+    encoder, view, told = _encoder(run, dataset.topology if skeleton is None else topology(skeleton), options)
     if run.is_file() and skeleton is not None:
         view = replace(view, topology=skeleton)
     if options.normalise is not None:
@@ -145,7 +178,7 @@ def prepare(
     evaluation = Evaluation(
         encoder, dataset, parts[1], view, protocol=parts[0], run=str(run), cache=base / "features",
         device=choose_device(options.device), precision=options.precision, progress=not options.quiet,
-        trained_on=None if run.is_file() else trained_clips(base_run, dataset),
+        trained_on=_clips_seen(run, base_run, told, dataset, parts[1]),
     )  # fmt: skip
     return evaluation, folder
 

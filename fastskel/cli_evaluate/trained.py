@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -133,10 +134,20 @@ def transfer(
 
     if trained_on is not None and not run.is_file():
         raise ValueError(f"evaluate: trained_on must be left out, {run} records its skeleton. It is for published files.")
-    shown = [f"seed{settings.seed}"] if settings.seed else []
+    shown: list[str] = [plane] if plane is not None else []
+    shown += [f"scale{scale:g}"] if scale is not None else []
+    shown += [f"k{k}"] if k != 1 else []
+    shown += [f"seed{settings.seed}"] if settings.seed else []
     evaluation, folder = prepare("transfer", run, data, common, shown, skeleton=trained_on)
+    source = {} if run.is_file() else _source(run)
+    if source and "units" not in source:
+        print(
+            f"warning: the data that {run} was trained on are not at {source['path']} any more; their units are taken for "
+            "metres, y for upwards",
+            file=sys.stderr,
+        )
     result = evaluate_transfer(
-        evaluation, folder, source={} if run.is_file() else _source(run), plane=plane, scale=scale, config=_probe(settings.seed),
+        evaluation, folder, source=source, plane=plane, scale=scale, config=_probe(settings.seed),
         k=k, finetune_config=_config(settings) if fine_tune else None, resume=resume,
     )  # fmt: skip
     done = result["adaptation"]

@@ -31,7 +31,10 @@ from fastskel.train.checkpoint import (
     weights,
 )
 
-__all__ = ["Classifier", "ClassifierStore", "bare_encoder", "class_scores", "described_encoder", "load_classifier", "parts_of"]
+__all__ = [
+    "Classifier", "ClassifierStore", "adapted_again", "bare_encoder", "class_scores", "described_encoder", "load_classifier",
+    "parts_of",
+]
 
 
 class Classifier(nn.Module):
@@ -134,6 +137,12 @@ def described_encoder(encoder: Encoder) -> dict[str, Any]:
     return {"name": name, "config": bare.config, "adapted": encoder.config if bare is not encoder else None}
 
 
+def adapted_again(encoder: Encoder, described: Mapping[str, Any]) -> Encoder:
+    """Put what adapted an encoder to its clips (N, T, M, V, C) back in front of it, as `described_encoder` says."""
+    adapted = described.get("adapted")
+    return encoder if adapted is None else AdaptedEncoder(encoder, **adapted).eval()
+
+
 def parts_of(classifier: Classifier) -> dict[str, nn.Module]:
     """What is trained, by name: the encoder itself, whatever adapts it to clips (N, T, M, V, C), and the linear layer."""
     return {"encoder": bare_encoder(classifier.encoder), "head": classifier.head}
@@ -210,13 +219,11 @@ def load_classifier(path: str | os.PathLike[str]) -> tuple[Classifier, ViewSpec,
     encoder, view, checkpoint = load_encoder(path)
     try:
         classes = [str(name) for name in checkpoint.state["class_names"]]
-        frames, adapted = checkpoint.state["frames"], checkpoint.state["encoder"]["adapted"]
+        frames, encoder = checkpoint.state["frames"], adapted_again(encoder, checkpoint.state["encoder"])
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"load_classifier: {checkpoint.path} must hold a classifier, got {error!r}. Give what `evaluate finetune` wrote."
         ) from error
-    if adapted is not None:
-        encoder = AdaptedEncoder(encoder, **adapted)
     classifier = Classifier(encoder, len(classes), frames=None if frames is None else tuple(frames))
     load_weights(parts_of(classifier), checkpoint.model, checkpoint.path)
     return classifier.eval(), view, classes

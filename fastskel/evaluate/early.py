@@ -31,7 +31,7 @@ from fastskel.data.packed import PackedDataset
 from fastskel.data.protocols import Split
 from fastskel.evaluate.classifier import class_scores
 from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
-from fastskel.evaluate.features import FeatureSet, batches
+from fastskel.evaluate.features import FeatureSet, batches, frozen
 from fastskel.evaluate.finetune import FinetuneConfig, fine_tune
 from fastskel.evaluate.linear import LinearConfig, linear_probe
 from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy, top_k_accuracy
@@ -107,21 +107,16 @@ def causal_features(evaluation: Evaluation, indices: NDArray[np.int64], frames: 
     encoder, device = evaluation.encoder, torch.device(evaluation.device)
     if encoder is None:
         raise ValueError("causal_features: encoder must be one with a causal mode, got raw coordinates. Leave out causal.")
-    training = encoder.training
-    encoder.to(device).eval()
     chosen = torch.tensor(list(frames), device=device) - 1
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16")
     parts: list[Tensor] = []
-    try:
-        with torch.no_grad(), mixed:
-            for batch in batches(
-                evaluation.dataset, evaluation.view, indices, evaluation.batch_size, evaluation.num_threads, evaluation.progress,
-                "causal features",
-            ):  # fmt: skip
-                tokens = encoder(batch.views[0].to(device), mode="causal").need("temporal", "early")
-                parts.append(prefix_pool(tokens)[:, chosen].float().cpu())
-    finally:
-        encoder.train(training)
+    with frozen(encoder, device), mixed:
+        for batch in batches(
+            evaluation.dataset, evaluation.view, indices, evaluation.batch_size, evaluation.num_threads, evaluation.progress,
+            "causal features",
+        ):  # fmt: skip
+            tokens = encoder(batch.views[0].to(device), mode="causal").need("temporal", "early")
+            parts.append(prefix_pool(tokens)[:, chosen].float().cpu())
     pooled = torch.cat(parts)
     labels = torch.from_numpy(np.asarray(evaluation.dataset.labels, np.int64)[indices])
     return [FeatureSet(pooled[:, number], labels, torch.from_numpy(indices)) for number in range(len(frames))]

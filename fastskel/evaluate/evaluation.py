@@ -76,9 +76,16 @@ class Evaluation:
         """Labelled clips of a part of the split, (N,).
 
         Raises:
-            ValueError: If there are none, or the encoder was made for another skeleton, number of bodies or channels.
+            ValueError: If there are none, a clip is in both parts, or the encoder was made for another skeleton, number of
+                bodies or channels.
         """
         self._check_fit()
+        shared = np.intersect1d(self.split.train, self.split.test)
+        if shared.size:
+            raise ValueError(
+                f"evaluate: the parts of the split must be apart, got {shared.size} clips in both, such as "
+                f"{self.dataset.names[shared[0]]!s}. Correct the split."
+            )
         indices = np.asarray(getattr(self.split, part), dtype=np.int64)
         known = indices[np.asarray(self.dataset.labels)[indices] >= 0]
         if known.size == 0:

@@ -154,7 +154,7 @@ def _with_labels(dataset: PackedDataset, features: Tensor, index: Tensor) -> Fea
 
 
 @contextlib.contextmanager
-def _frozen(encoder: Encoder, device: torch.device | str) -> Iterator[None]:
+def frozen(encoder: Encoder, device: torch.device | str) -> Iterator[None]:
     """Evaluation mode on a device, without gradients; leaves every module's mode and the device as they were."""
     modes = {module: module.training for module in encoder.modules()}
     home = next((value.device for value in encoder.parameters()), torch.device("cpu"))
@@ -261,7 +261,7 @@ def dataset_features(
     parts: list[Tensor] = []
     order: list[Tensor] = []
     mixed = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
-    with _frozen(encoder, device), mixed:
+    with frozen(encoder, device), mixed:
         for batch in batches(dataset, view_spec, chosen, batch_size, num_threads, progress, "features"):
             pooled = encoder(batch.views[0].to(device)).pooled
             if pooled.dim() != 2 or pooled.shape[0] != len(batch):

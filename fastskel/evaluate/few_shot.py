@@ -48,8 +48,8 @@ def class_numbers(dataset: PackedDataset, members: Sequence[str | int], function
     for member in members:
         if isinstance(member, str) and member in names:
             number = names.index(member)
-        elif isinstance(member, int) and not isinstance(member, bool):
-            number = member
+        elif isinstance(member, (int, np.integer)) and not isinstance(member, bool):
+            number = int(member)
         else:
             number = int(member) if isinstance(member, str) and member.isdecimal() else -1
         if not 0 <= number < count:
@@ -277,15 +277,20 @@ def evaluate_oneshot(
     names = [evaluation.class_names[number] for number in sorted(members)]
     predictions = place[nearest]
     confusion = confusion_matrix(truth, predictions, len(members))
+    num_train_novel = int(np.isin(labels[evaluation.split.train], members).sum())
+    # the protocol tests every other clip of the novel classes and trains on none
+    whole = num_train_novel == 0 and len(test) + len(shown) == int(np.isin(labels, members).sum())
     results = {
         "top1": accuracy(predictions, truth),
         "mean_class": mean_class_accuracy(confusion),
         "classes": names,
         "exemplars": [str(dataset.names[clip]) for clip in shown],
-        "published_protocol": published and exemplars is None,
-        "train_clips_of_novel_classes": int(np.isin(labels[evaluation.split.train], members).sum()),
+        "published_protocol": published and exemplars is None and whole,
+        "train_clips_of_novel_classes": num_train_novel,
         **evaluation.record("oneshot", support.index, query.index),
+        # exemplars and clips of other classes are not dropped
         "dropped_train": 0,
+        "dropped_test": len(evaluation.split.test) - len(evaluation.known("test")),
         "confusion": confusion.tolist(),
     }
     if out is not None:

@@ -235,6 +235,8 @@ def _identity(
     identity: dict[str, Any] = json.loads(json.dumps({
         "config": settings, "view": repr(view), "data": dataset_identity(evaluation.dataset), "clips": clips,
         "precision": evaluation.precision, "frames": classifier.frames, "start": digest.hexdigest(),
+        # heads, gap, scale and the like leave no trace in the weights
+        "encoder": described_encoder(classifier.encoder),
     }))  # fmt: skip
     return identity
 
@@ -298,7 +300,8 @@ def fine_tune(
         store.told = {
             "task": "finetune", "encoder": described_encoder(encoder), "eval_view": view, "topology": dataset.topology.name,
             "class_names": evaluation.class_names, "frames": frames, "run": evaluation.run, "config": describe(config),
-            "identity": _identity(evaluation, classifier, config, train_view, train),
+            "identity": _identity(evaluation, classifier, config, train_view, train), "labelled_clips": train.tolist(),
+            "unlabelled_clips": None if evaluation.trained_on is None else evaluation.trained_on.tolist(),
         }  # fmt: skip
     classifier.to(device)
     optimizer = _optimizer(classifier, config)

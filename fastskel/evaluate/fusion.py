@@ -165,6 +165,8 @@ def evaluate_fusion(
     predictions = scores.argmax(1)
     confusion = confusion_matrix(test.labels, predictions, num_classes)
     records = [evaluation.record("fusion", train.index, test.index) for evaluation in evaluations]
+    # the same for all runs that are known to have been trained on some
+    seen = [record["test_clips_trained_on"] for record in records if record["test_clips_trained_on"] is not None]
     results = {
         "top1": accuracy(predictions, test.labels),
         "top5": top_k_accuracy(scores, test.labels, 5),
@@ -183,6 +185,7 @@ def evaluate_fusion(
         ],
         **records[0],
         **{key: [record[key] for record in records] for key in ("run", "encoder", "num_features", "view")},
+        "test_clips_trained_on": seen[0] if seen else None,
         "confusion": confusion.tolist(),
     }  # fmt: skip
     if out is not None:

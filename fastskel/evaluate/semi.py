@@ -18,15 +18,16 @@ from fastskel import philox
 from fastskel.data.protocols import semi
 from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
 from fastskel.evaluate.features import FeatureSet
-from fastskel.evaluate.linear import LinearConfig, LinearResult, linear_probe
+from fastskel.evaluate.linear import LinearConfig, LinearResult, held_out, linear_probe
 from fastskel.evaluate.logistic import LogisticConfig, LogisticResult, logistic_probe
 from fastskel.evaluate.metrics import mean_and_deviation
 from fastskel.evaluate.report import write_results
 
 __all__ = ["evaluate_semi", "labelled_subset"]
 
-# where no class has two labelled clips nothing can be held out to choose a penalty: a strong one
-UNCHOSEN_PENALTY = 0.1
+# where too few clips can be held out to choose one. A strong penalty shrinks weights but not the bias: where some classes have
+# a clip more than others everything is then taken for these
+UNCHOSEN_PENALTY = 1e-3
 
 
 def labelled_subset(
@@ -73,13 +74,22 @@ def labelled_subset(
     return np.sort(order[np.argsort(turn, kind="stable")[:count]])
 
 
+def _can_choose(train: FeatureSet, seed: int, groups: Tensor | None) -> bool:
+    """Whether a choice has evidence: as many clips held out of classes (K,) that the other clips show as there are classes."""
+    if int(torch.bincount(train.labels).max()) < 2:
+        return False
+    held = held_out(train, seed, groups)
+    known = torch.isin(train.labels[held], train.labels[~held])
+    return int(known.sum()) >= len(torch.unique(train.labels))
+
+
 def _probe(
     train: FeatureSet, test: FeatureSet, num_classes: int, config: LinearConfig | LogisticConfig, groups: Tensor | None,
     device: torch.device | str,
 ) -> LinearResult | LogisticResult:  # fmt: skip
     if isinstance(config, LinearConfig):
         return linear_probe(train, test, num_classes, config, groups=groups, device=device)
-    if int(torch.bincount(train.labels).max()) < 2:
+    if not _can_choose(train, config.seed, groups):
         penalty = UNCHOSEN_PENALTY if config.penalty is None else config.penalty
         config = replace(config, penalty=penalty, standardise=bool(config.standardise))
     return logistic_probe(train, test, num_classes, config, groups=groups, device=device)
@@ -108,8 +118,8 @@ def evaluate_semi(
         group_column: Column whose values are held out whole, within the part, to choose what the config leaves open.
     Returns:
         "fractions": for each the number of labels, "top1", "top5" and "mean_class" with mean, deviation and values over
-        the seeds, digests of the parts and what the probes ran with; and the record. Where no class has two labelled
-        clips, an open penalty is 0.1 and open standardisation is off.
+        the seeds, digests of the parts and what the probes ran with; and the record. Where fewer clips can be held out than
+        there are classes, of classes that other clips show, an open penalty is 0.001 and open standardisation is off.
     Raises:
         ValueError: If a fraction is out of range, if it leaves nothing, or if seeds is below 1.
     """

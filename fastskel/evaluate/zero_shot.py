@@ -239,6 +239,9 @@ def evaluate_zeroshot(
         "embeddings": str(embeddings),
         "embedding_width": vectors.shape[1],
         **evaluation.record("zeroshot", train.index[shown], test.index[novel]),
+        # clips of the other classes are not dropped
+        "dropped_train": len(evaluation.split.train) - len(train),
+        "dropped_test": len(evaluation.split.test) - len(test),
         "train_clips_of_unseen_classes": int((~shown).sum()),
         "confusion": confusion.tolist(),
     }

@@ -169,7 +169,9 @@ def test_a_causal_classifier_cannot_know_better(dataset, kind, tmp_path: Path) -
 def test_causal_features_of_a_frozen_encoder(dataset) -> None:
     evaluation = evaluation_of(late(dataset, 0))
     evaluation.encoder.train()
+    evaluation.encoder.ske_emb.eval()
     sets = causal_features(evaluation, SPLIT.test, [3, FRAMES])
+    assert not evaluation.encoder.ske_emb.training
     assert evaluation.encoder.training and [tuple(part.features.shape) for part in sets] == [(10, 32)] * 2
     assert torch.equal(sets[0].labels, torch.from_numpy(evaluation.dataset.labels[SPLIT.test]))
     result = evaluate_early(evaluation, ratios=(0.3, 1.0), causal=True, config=replace(PROBE, standardise=True))

@@ -33,7 +33,7 @@ def out(encoder, dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     "command, folder, printed",
     [
         ("linear --solver exact", "linear-exact", r"top1 100.0 %  top5 100.0 %"),
-        ("linear --solver exact --penalty 0.1", "linear-exact", r"top1 100.0 %"),
+        ("linear --solver exact --penalty 0.1 --seed 2", "linear-exact-penalty0.1-seed2", r"top1 100.0 %"),
         (
             "semi --fractions 0.7 1 --sampling balanced --seeds 2 --solver sgd",
             "semi-balanced-sgd",

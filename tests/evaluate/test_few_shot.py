@@ -134,7 +134,7 @@ def test_fewshot_refuses(evaluation) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             evaluate_fewshot(evaluation, **{"ways": 2, "episodes": 1, **change})
-    assert class_numbers(evaluation.dataset, ["kick", "0", 1], "f") == [2, 0, 1]
+    assert class_numbers(evaluation.dataset, ["kick", "0", np.int64(1)], "f") == [2, 0, 1]
 
 
 def test_one_shot_by_the_first_clip_of_each_class(evaluation, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_one_shot_with_exemplars_of_the_test_part(evaluation) -> None:
     result = evaluate_oneshot(evaluation, novel=["kick", "sit"], exemplars=["clip009", "clip008"])
     # in the order of the novel classes; they are not tested on
     assert (result["classes"], result["exemplars"]) == (["sit", "kick"], ["clip008", "clip009"])
-    assert result["num_test"] == 6 and np.sum(result["confusion"]) == 6
+    assert result["num_test"] == 6 and np.sum(result["confusion"]) == 6 and result["dropped_test"] == 0
     assert result["top1"] == 1.0
 
 
@@ -203,6 +203,9 @@ def test_the_protocol_of_ntu_120(dataset) -> None:
     )
     result = evaluate_oneshot(replace(evaluation, dataset=copies, split=split(copies, "one-shot")))
     assert (result["top1"], result["num_test"], result["published_protocol"]) == (1.0, 10, True)
+    # another split of it is not that protocol
+    fewer = SimpleNamespace(train=np.arange(5), test=np.arange(5, 50))
+    assert evaluate_oneshot(replace(evaluation, dataset=copies, split=fewer))["published_protocol"] is False
     assert result["train_clips_of_novel_classes"] == 0
     missing = replace(copies, names=np.array([f"clip{number}" for number in range(50)]))
     with pytest.raises(ValueError, match=r"got 'S001C003P008R001A001' \(20 unknown\)"):

@@ -55,6 +55,12 @@ def test_separable_classes(evaluate, encoder, dataset, raw: bool, tmp_path: Path
     assert capsys.readouterr().out == ""
 
 
+def test_a_clip_in_both_parts_is_refused(encoder, dataset) -> None:
+    leaking = SimpleNamespace(train=np.arange(10), test=np.arange(9, 17))
+    with pytest.raises(ValueError, match="parts of the split must be apart, got 1 clips in both, such as clip009"):
+        _knn(encoder, dataset, leaking)
+
+
 def test_linear_reports_the_last_epoch_and_the_best_apart(encoder, dataset) -> None:
     result = _linear(encoder, dataset)
     assert result["best_top1"] >= result["top1"] == result["history"][-1]["test_top1"]

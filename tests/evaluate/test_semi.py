@@ -107,7 +107,11 @@ def test_encoders_are_given_the_same_parts(evaluation) -> None:
 def test_a_penalty_is_chosen_where_clips_can_be_held_out(evaluation) -> None:
     row = evaluate_semi(evaluation, fractions=(0.1,), sampling="balanced", seeds=1)["fractions"][0]
     assert row["num_labels"] == 3
-    assert (row["configs"][0]["penalty"], row["configs"][0]["standardise"]) == (0.1, False)
+    assert (row["configs"][0]["penalty"], row["configs"][0]["standardise"]) == (0.001, False)
+    # one clip can be held out, which is no evidence: with the strongest penalty all would be taken for the class of two clips
+    row = evaluate_semi(evaluation, fractions=(0.34,), sampling="balanced", seeds=3)["fractions"][0]
+    assert row["num_labels"] == 4 and {config["penalty"] for config in row["configs"]} == {0.001}
+    assert row["top1"]["mean"] == 1.0
     given = LogisticConfig(penalty=0.5, standardise=True)
     row = evaluate_semi(evaluation, fractions=(0.1,), sampling="balanced", seeds=1, config=given)["fractions"][0]
     assert (row["configs"][0]["penalty"], row["configs"][0]["standardise"]) == (0.5, True)
@@ -115,7 +119,7 @@ def test_a_penalty_is_chosen_where_clips_can_be_held_out(evaluation) -> None:
     row = evaluate_semi(more, fractions=(1.0,), seeds=1)["fractions"][0]
     chosen = logistic_probe(*more.features(), 3, LogisticConfig()).config
     assert row["num_labels"] == 15 and row["configs"][0] == asdict(chosen)
-    assert chosen.penalty != 0.1
+    assert chosen.penalty != 0.001
 
 
 def test_errors(evaluation) -> None:

@@ -63,6 +63,23 @@ def test_finetune(here, capsys) -> None:
     assert main(["evaluate", "knn", "run/finetune-xsub-data", "data", "--protocol", "xsub", "--quiet"]) == 0
 
 
+def test_labels_that_a_fine_tuning_saw_are_not_tested(here, capsys) -> None:
+    for name, parts in (("one", (range(12), range(12, 24))), ("turned", (range(12, 24), range(12)))):
+        Path(f"{name}.json").write_text(json.dumps({"train": list(parts[0]), "test": list(parts[1])}))
+    assert main(["evaluate", "finetune", "run", "data", "--split-file", "one.json", *QUICK]) == 0
+    command = ["evaluate", "knn", "run/finetune-one-data", "data", "--quiet", "--split-file"]
+    assert main([*command, "one.json"]) == 0
+    assert "must not have seen labels of the test part, got 12 of 12 test clips" in refused(capsys, *command, "turned.json")
+
+
+def test_what_was_fine_tuned_on_scaled_clips_reads_scaled_clips(here) -> None:
+    command = ["evaluate", "transfer", "run", "data", "--protocol", "xsub", "--fine-tune", "--scale", "0.01", "--out", "there"]
+    assert main([*command, *QUICK]) == 0
+    tuned = ["there/finetune", "data", "--protocol", "xsub", "--quiet", "--out"]
+    assert main(["evaluate", "knn", *tuned, "neighbours"]) == 0
+    assert json.loads(Path("neighbours/results.json").read_text())["encoder"] == "AdaptedEncoder"
+
+
 def results_names(results) -> list[str]:
     rows = Path("run/finetune-xsub-data/confusion.csv").read_text().splitlines()
     assert len(rows) == 1 + results["num_classes"]
@@ -81,6 +98,17 @@ def test_transfer(here, capsys) -> None:
     assert {"knn", "linear", "finetune", "adaptation", "source"} <= set(results)
     error = refused(capsys, "evaluate", "transfer", "run", "other", "--protocol", "xsub", "--trained-on", "ntu-25", "--quiet")
     assert "trained_on must be left out, run records its skeleton" in error
+
+
+def test_transfer_says_what_it_cannot_know(here, capsys) -> None:
+    command = ["evaluate", "transfer", "run", "other", "--protocol", "xsub", "--quiet"]
+    record = {"data": "data", "identity": {"data": "0", "indices": None}}
+    Path("run/config.json").write_text(json.dumps(record))
+    assert main(command) == 0
+    assert capsys.readouterr().err == ""
+    Path("run/config.json").write_text(json.dumps({**record, "data": "gone"}))
+    assert main(command) == 0
+    assert "data that run was trained on are not at gone any more; their units are taken for metres" in capsys.readouterr().err
 
 
 def test_early(here, capsys) -> None:

@@ -166,6 +166,15 @@ def test_two_persons_end_to_end(tmp_path: Path) -> None:
         adapt(evaluation_of(more, bodies=2))
 
 
+def test_a_fine_tuning_resumes_with_its_own_scale(tmp_path: Path) -> None:
+    evaluation = evaluation_of(pack(tmp_path / "data", "ntu-25"))
+    settings = {"config": PROBE, "finetune_config": FinetuneConfig(epochs=1, batch_size=8)}
+    evaluate_transfer(evaluation, tmp_path / "out", scale=2.0, **settings)
+    evaluate_transfer(evaluation, tmp_path / "out", scale=2.0, resume=True, **settings)
+    with pytest.raises(ValueError, match="must keep its settings, got other encoder than"):
+        evaluate_transfer(evaluation, tmp_path / "out", scale=3.0, resume=True, **settings)
+
+
 def test_coordinates_are_turned_scaled_and_projected(tmp_path: Path) -> None:
     dataset = pack(tmp_path / "data", "ntu-25", up_axis="-y", units="normalised")
     evaluation = evaluation_of(dataset)

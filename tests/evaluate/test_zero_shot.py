@@ -68,6 +68,8 @@ def test_classes_never_shown_are_told_by_their_names(evaluation, file, tmp_path:
     assert (result["top1"], result["mean_class"]) == (1.0, 1.0)
     assert result["unseen"] == ["action 2", "action 5", "action 7"]
     assert (result["num_train"], result["num_test"], result["num_test_seen"]) == (35, 9, 21)
+    # those of other classes are left out, but not for want of a label
+    assert (result["dropped_train"], result["dropped_test"]) == (0, 0)
     assert result["train_clips_of_unseen_classes"] == 15 and result["num_seen_classes"] == 7
     seen, unseen, harmonic = (result["generalised"][name] for name in ("seen", "unseen", "harmonic"))
     assert seen > 0.9 and unseen > 0.6
