@@ -12,6 +12,7 @@ from fastskel.data.packed import PackedDataset
 from fastskel.data.protocols import split
 from fastskel.data.views import ViewSpec
 from fastskel.evaluate import dataset_features
+from fastskel.evaluate.classifier import adapted_again
 from fastskel.evaluate.report import project_2d
 from fastskel.models.encoder import Encoder
 from fastskel.report.found import Found
@@ -141,5 +142,6 @@ def encoder_of(found: Found) -> tuple[Encoder, ViewSpec]:
     """
     if found.run.is_file():
         raise ValueError("a published file does not record its encoder's settings, so that its features are not computed here.")
-    encoder, view, _ = load_encoder(found.run)
-    return encoder, view
+    encoder, view, checkpoint = load_encoder(found.run)
+    # what a transfer fine-tuned reads clips of the data it was adapted to
+    return adapted_again(encoder, checkpoint.state["encoder"]), view

@@ -47,10 +47,11 @@ def test_page_holds_the_whole_run(run: Path, read) -> None:
     assert len(results) == 2
     rows = root.by_id("results").all("tr")[1:]
     assert [row.all("th")[0].text for row in rows] == ["knn", "linear"]
-    for row, result in zip(rows, (results["knn-xsub-data"], results["linear-xsub-data"]), strict=True):
+    for row, folder in zip(rows, ("knn-xsub-data", "linear-xsub-data-lr0.1-epochs3"), strict=True):
+        result = results[folder]
         cells = [cell.text for cell in row.all("td")]
         assert re.match(rf"top1 {100 * result['top1']:.1f} % \[[\d.]+, [\d.]+\]$", cells[2]), cells
-        assert cells[-1] == str(run / f"{result['task']}-xsub-data" / "results.json")
+        assert cells[-1] == str(run / folder / "results.json")
     features = root.by_id("features")
     assert len(features.of_class("map")[0].all("circle")) == results["knn-xsub-data"]["num_test"]
     # 25 joints but the centred one, and their table
@@ -207,7 +208,7 @@ def test_table_of_confusions(run: Path, read) -> None:
     told = json.loads(path.read_text())
     counts = told.pop("confusion")
     path.write_text(json.dumps(told))
-    (run / "linear-xsub-data" / "confusion.csv").write_text("true,a\nb,1,2\n")
+    (run / "linear-xsub-data-lr0.1-epochs3" / "confusion.csv").write_text("true,a\nb,1,2\n")
     root, _, found = make(run, read)
     # counts of the file where the result has none; counts of the result where the file is damaged
     for place in range(2):
@@ -257,7 +258,7 @@ def test_results_elsewhere_and_beside_a_published_file(run: Path, read, tmp_path
     assert ["does not record its encoder's settings" in problem.reason for problem in found.problems] == [True]
     assert (results / "report.html").is_file()
     # a fine-tuned classifier lies beside its own results
-    root, _, found = make(run / "linear-xsub-data", read)
+    root, _, found = make(run / "linear-xsub-data-lr0.1-epochs3", read)
     assert [result.task for result in found.results] == ["linear"] and "linear" in root.by_id("results").text
     # the same folder twice is one result
     assert len(write_report(run, results=[run, run], clips=0, progress=False)[1].results) == 1
