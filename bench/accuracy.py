@@ -72,7 +72,7 @@ def changed(recipe: Any, settings: Sequence[str], num_train: int) -> Any:
     return replace(recipe, warmup_steps=math.ceil(share * steps) if isinstance(share, float) else share)
 
 
-def _train(recipe_name: str, recipe: Any, dataset: PackedDataset, indices: NDArray[np.int64], run: Path) -> dict[str, Any]:
+def trained(recipe_name: str, recipe: Any, dataset: PackedDataset, indices: NDArray[np.int64], run: Path) -> dict[str, Any]:
     """Train, or take the run that is there; return the loss of its last epoch, processor seconds, and who trained it."""
     (stage,) = recipe.stages(dataset)
     # a run that is there goes on, or is finished: refused unless configuration, data and clips are these
@@ -87,7 +87,7 @@ def _train(recipe_name: str, recipe: Any, dataset: PackedDataset, indices: NDArr
     }  # fmt: skip
 
 
-def _contenders(stage: Stage, run: Path) -> list[Contender]:
+def contenders(stage: Stage, run: Path) -> list[Contender]:
     """Return what is compared with the run's encoder."""
     encoder, view, _ = load_encoder(run)
     # raw coordinates twice: as the encoder sees them, and turned to face the camera
@@ -111,19 +111,19 @@ def measure(
     for protocol in tests:
         if not np.array_equal(split(dataset, protocol).train, indices):
             raise ValueError(f"accuracy: {protocol} must have the training part of {train}, got another. Train on its own.")
-    trained: dict[str, Any] = {"trained_at_commit": None}
+    made: dict[str, Any] = {"trained_at_commit": None}
     run = runs / "-".join(part for part in (recipe_name, tag, data.name, str(seed)) if part)
     if raw:
         view = recipe.stages(dataset)[0].eval_view
-        contenders: list[Contender] = [
+        compared: list[Contender] = [
             (f"raw, {kind}", None, replace(view, normalise=kind)) for kind in NORMALISATIONS
         ]
     else:
-        trained = _train(recipe_name, recipe, dataset, indices, run)
-        contenders = _contenders(recipe.stages(dataset)[0], run)
+        made = trained(recipe_name, recipe, dataset, indices, run)
+        compared = contenders(recipe.stages(dataset)[0], run)
     rows = []
     for protocol in tests:
-        for name, encoder, view in contenders:
+        for name, encoder, view in compared:
             evaluation = Evaluation(
                 encoder, dataset, split(dataset, protocol), view,
                 protocol=protocol, run=str(run), cache=run / "features", progress=False,
@@ -137,7 +137,7 @@ def measure(
                     "knn_top1": knn["top1"], "linear_top1": linear["top1"],
                     "linear_lr": linear["config"]["learning_rate"], "standardise": linear["config"]["standardise"],
                     "num_train": knn["num_train"], "num_test": knn["num_test"],
-                    "recipe": {"name": recipe_name, **asdict(recipe)}, "tag": tag, **trained,
+                    "recipe": {"name": recipe_name, **asdict(recipe)}, "tag": tag, **made,
                     "device": device_name(), "threads": torch.get_num_threads(),
                     "versions": knn["versions"], "commit": knn["commit"], "date": datetime.date.today().isoformat(),
                 }

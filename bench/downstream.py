@@ -1,0 +1,357 @@
+"""Downstream tasks on real data: raw coordinates, untrained and pretrained encoder, over several seeds.
+
+    python -m fastskel.bench.downstream usdrl-small data/nw-ucla --train xview --on data/nw-ucla:xview --trials knn linear semi
+    ... --on data/sbu:fold1,fold2,fold3,fold4,fold5 --trials knn linear
+    ... --on data/utkinect:subject --trials detect segment
+    ... --streams
+
+Each seed trains once without labels, on the training part alone; a run found under --runs is taken or goes on, if it is the same
+in all its settings. Data that the encoder was not trained on are adapted as `fastskel evaluate transfer` does. A test part is
+read once for each row, and chooses nothing: step size, penalty and standardisation of a probe are chosen on held-out training
+subjects, fine-tuning is read after its last epoch. Rows that are in --out already are not made again.
+
+`detect` and `segment` take a column of the recordings instead of a protocol and leave each of its values out in turn. --flat
+trains and tests on the first two coordinates alone, as a camera without perspective has them. --streams compares joints, bones
+and motion, their late fusion, and one encoder of all three. Settings of a recipe are changed by --set, as in `bench.accuracy`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from fastskel.bench.accuracy import PROBE, Contender, changed, contenders, trained
+from fastskel.bench.harness import append_rows, origin
+
+from fastskel.data import pack_arrays
+from fastskel.data.packed import PackedDataset, open_dataset
+from fastskel.data.protocols import split
+from fastskel.evaluate import (
+    TASKS,
+    DenseConfig,
+    Evaluation,
+    FinetuneConfig,
+    FrameHeadConfig,
+    adapt,
+)
+from fastskel.evaluate.dense import leave_one_out
+from fastskel.evaluate.fusion import evaluate_fusion
+from fastskel.recipes import RECIPES
+
+__all__ = ["STREAMS", "TRIALS", "Trial", "flat", "main", "measure", "measure_streams", "table"]
+
+CASE = "downstream"
+Metrics = dict[str, float]
+# the shares of a training part whose labels are known; a single clip of every class is the least
+FRACTIONS = (0.01, 0.1, 0.2)
+# what a recipe is trained on, and how it is called
+STREAMS: Mapping[str, Sequence[str]] = {
+    "": [], "bone": ["stream=bone"], "motion": ["stream=motion"], "multimodal": ["consistency=multi-modal"],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A task with its settings, and what is read of its results.
+
+    Attributes:
+        run: From an evaluation and a seed to metrics that are fractions of one.
+        trains: Whether the encoder itself is trained further, which raw coordinates cannot be.
+        untrimmed: Whether it takes a column to leave out instead of a protocol.
+    """
+
+    run: Callable[[Evaluation, int], Metrics]
+    trains: bool = False
+    untrimmed: bool = False
+
+
+def _retrieval(evaluation: Evaluation, seed: int) -> Metrics:
+    found = TASKS["retrieval"].run(evaluation)
+    return {"top1": found["top1"], "map": found["map"], **{f"recall@{k}": v for k, v in found["recall_at"].items()}}
+
+
+def _semi(evaluation: Evaluation, seed: int) -> Metrics:
+    found = TASKS["semi"].run(evaluation, fractions=FRACTIONS, sampling="balanced", seeds=5)
+    return {f"top1@{row['num_labels']}": row["top1"]["mean"] for row in found["fractions"]}
+
+
+def _few_shot(evaluation: Evaluation, seed: int) -> Metrics:
+    return {
+        f"5-way {shots}-shot": TASKS["fewshot"].run(evaluation, ways=5, shots=shots, episodes=600, seed=seed)["top1"]["mean"]
+        for shots in (1, 5)
+    }
+
+
+def _early(evaluation: Evaluation, seed: int) -> Metrics:
+    found = TASKS["early"].run(evaluation, config=replace(PROBE, seed=seed), train_full=True)
+    return {"area": found["area"], **{f"top1@{row['ratio']:g}": row["top1"] for row in found["curve"]}}
+
+
+def _early_causal(evaluation: Evaluation, seed: int) -> Metrics:
+    found = TASKS["early"].run(evaluation, finetune_config=FinetuneConfig(seed=seed), causal=True)
+    return {"area": found["area"], **{f"top1@{row['ratio']:g}": row["top1"] for row in found["curve"]}}
+
+
+def _cluster(evaluation: Evaluation, seed: int) -> Metrics:
+    found = TASKS["cluster"].run(evaluation)
+    return {name: found[name]["mean"] for name in ("accuracy", "nmi", "ari")}
+
+
+def _linear(evaluation: Evaluation, seed: int) -> Metrics:
+    return {"top1": TASKS["linear"].run(evaluation, config=replace(PROBE, seed=seed))["top1"]}
+
+
+def _finetune(evaluation: Evaluation, seed: int) -> Metrics:
+    return {"top1": TASKS["finetune"].run(evaluation, config=FinetuneConfig(seed=seed))["top1"]}
+
+
+def _detect(evaluation: Evaluation, seed: int) -> Metrics:
+    config = DenseConfig(leave_one_out=evaluation.protocol, head=FrameHeadConfig(seed=seed))
+    found = TASKS["detect"].run(evaluation, config=config)
+    return {name: found[name] for name in ("map_action", "map_video", "interpolated_map_action", "f1")}
+
+
+def _segment(head: Literal["linear", "tcn"]) -> Callable[[Evaluation, int], Metrics]:
+    def run(evaluation: Evaluation, seed: int) -> Metrics:
+        config = DenseConfig(leave_one_out=evaluation.protocol, head=FrameHeadConfig(head=head, seed=seed))
+        found = TASKS["segment"].run(evaluation, config=config)
+        return {name: found[name] for name in ("accuracy", "majority_accuracy", "edit", "f1@10", "f1@25", "f1@50")}
+
+    return run
+
+
+TRIALS: Mapping[str, Trial] = {
+    "knn": Trial(lambda evaluation, seed: {"top1": TASKS["knn"].run(evaluation)["top1"]}),
+    "retrieval": Trial(_retrieval),
+    "linear": Trial(_linear),
+    "exact": Trial(lambda evaluation, seed: {"top1": TASKS["logistic"].run(evaluation)["top1"]}),
+    "semi": Trial(_semi),
+    "fewshot": Trial(_few_shot),
+    "cluster": Trial(_cluster),
+    "early": Trial(_early),
+    "early-causal": Trial(_early_causal, trains=True),
+    "finetune": Trial(_finetune, trains=True),
+    "detect": Trial(_detect, untrimmed=True),
+    "segment": Trial(_segment("linear"), untrimmed=True),
+    "segment-tcn": Trial(_segment("tcn"), untrimmed=True),
+}
+
+
+def flat(dataset: PackedDataset, folder: Path) -> PackedDataset:
+    """The first two coordinates of a data set's clips (T, M, V, 3), packed into a folder if they are not there yet."""
+    if folder.exists():
+        return open_dataset(folder)
+    meta, clips = dataset.meta, range(len(dataset))
+    return pack_arrays(
+        (np.asarray(dataset.clip(number))[..., :2] for number in clips), out=folder, topology=dataset.topology,
+        labels=dataset.labels, names=[str(name) for name in dataset.names], class_names=dataset.class_names, num_frames="all",
+        columns={name: np.asarray(values) for name, values in dataset.columns.items() if not dataset.per_frame(name)},
+        splits=dataset.splits, num_bodies=dataset.num_bodies_max, channels=meta["channels"][:2], units=meta["units"],
+        up_axis=meta["up_axis"], source=f"{meta['source']}-2d",
+    )  # fmt: skip
+
+
+def _evaluation(
+    contender: Contender, source: PackedDataset, dataset: PackedDataset, protocol: str, untrimmed: bool, run: Path
+) -> Evaluation:
+    """One contender on a part of a data set, adapted if its encoder was made for other clips."""
+    _, encoder, view = contender
+    parts = leave_one_out(dataset, protocol, np.arange(len(dataset)))[0][1] if untrimmed else split(dataset, protocol)
+    other = dataset.path != source.path
+    view = replace(view, topology=None) if encoder is None and other else view
+    evaluation = Evaluation(
+        encoder, dataset, parts, view, protocol=protocol, run=str(run), cache=run / "features", progress=False
+    )
+    if encoder is None or not other:
+        return evaluation
+    return adapt(evaluation, source={key: source.meta[key] for key in ("units", "up_axis", "channels")})[0]
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in ("recipe", "trained_on", "tag", "data", "protocol", "task", "features", "seed"))
+
+
+def _done(out: Path | None) -> set[tuple[str, ...]]:
+    """Rows that a file holds already."""
+    if out is None or not out.exists():
+        return set()
+    rows = (json.loads(line) for line in out.read_text().splitlines())
+    return {_key(row) for row in rows if row.get("case") == CASE}
+
+
+def _finished(facts: Mapping[str, Any], metrics: Metrics, out: Path | None) -> dict[str, Any]:
+    """Complete a row and write it."""
+    row = {"case": CASE, **facts, "metrics": metrics, **origin()}
+    if out is not None:
+        append_rows(out, [row])
+    print(_line(row), flush=True)
+    return row
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    values = "  ".join(f"{name} {100 * value:.1f}" for name, value in row["metrics"].items())
+    return f"{row['data']} {row['protocol']} {row['task']} {row['features']} {row['tag']} seed {row['seed']}: {values}"
+
+
+def _begin(
+    name: str, seed: int, settings: Sequence[str], tag: str, source: PackedDataset, train: str, runs: Path
+) -> tuple[Any, Path, dict[str, Any]]:
+    """Train a run, or take it; return its recipe, its folder, and what its rows say of it."""
+    indices = split(source, train).train
+    recipe = changed(replace(RECIPES[name](), seed=seed), settings, len(indices))
+    run = runs / "-".join(part for part in (name, tag, source.path.name, str(seed)) if part)
+    made = trained(name, recipe, source, indices, run)
+    facts = {
+        "recipe": name, "settings": asdict(recipe), "tag": tag, "seed": seed, "trained_on": f"{source.source} {train}",
+        "trained_at_commit": made["trained_at_commit"],
+    }  # fmt: skip
+    return recipe, run, facts
+
+
+def measure(
+    name: str, seed: int, source: PackedDataset, train: str, targets: Sequence[tuple[PackedDataset, Sequence[str]]],
+    trials: Sequence[str], runs: Path, out: Path | None = None, settings: Sequence[str] = (), tag: str = "",
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Try raw coordinates, the untrained and the pretrained encoder of one seed; one row for each task and test part.
+
+    Args:
+        name: Of the recipe.
+        seed: Of the recipe, and of what the tasks draw.
+        source: Data set to train on.
+        train: Its protocol.
+        targets: Data sets to test on, with their protocols, or columns to leave out.
+        trials: Names of `TRIALS`.
+        runs: Where the run folders go.
+        out: File of rows, which are added one by one; what is there is not measured again.
+        settings: Of the recipe, changed as `bench.accuracy.changed` says.
+        tag: Name of such settings.
+    """
+    recipe, run, facts = _begin(name, seed, settings, tag, source, train, runs)
+    done, rows = _done(out), []
+    for dataset, protocols in targets:
+        for protocol in protocols:
+            for contender in contenders(recipe.stages(source)[0], run):
+                for task in trials:
+                    trial = TRIALS[task]
+                    if trial.trains and contender[1] is None:
+                        continue
+                    row = {**facts, "data": dataset.source, "protocol": protocol, "task": task, "features": contender[0]}
+                    if _key(row) not in done:
+                        evaluation = _evaluation(contender, source, dataset, protocol, trial.untrimmed, run)
+                        rows.append(_finished(row, trial.run(evaluation, seed), out))
+    return rows
+
+
+def measure_streams(
+    name: str, seed: int, source: PackedDataset, train: str, tests: Sequence[str], runs: Path, out: Path | None = None,
+    settings: Sequence[str] = (),
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Compare joints, bones and motion of one seed, alone and fused late, with one encoder of all three; a row for each.
+
+    Raw coordinates and untrained encoders are fused too: what fusion gains is not always what pretraining gains.
+    """
+    made = {tag: _begin(name, seed, [*settings, *own], tag, source, train, runs) for tag, own in STREAMS.items()}
+    done, rows = _done(out), []
+    offered = {
+        tag: {each[0]: each for each in contenders(recipe.stages(source)[0], run)} for tag, (recipe, run, _) in made.items()
+    }
+    facts = {**made[""][2], "data": source.source, "task": "streams"}
+    for protocol in tests:
+        for kind in ("raw coordinates", "untrained encoder", "pretrained encoder"):
+            evaluations = {
+                tag: _evaluation(members[kind], source, source, protocol, False, made[tag][1]) for tag, members in offered.items()
+            }
+            parts = {**facts, "protocol": protocol}
+            wanted = {stream: {**parts, "features": f"{kind}, {stream}"} for stream in ("joint", "bone", "motion", "late fusion")}
+            if not all(_key(row) in done for row in wanted.values()):
+                fused = evaluate_fusion([evaluations[tag] for tag in ("", "bone", "motion")], config=replace(PROBE, seed=seed))
+                for row, result in zip(wanted.values(), [*fused["alone"], fused], strict=True):
+                    rows.append(_finished(row, {"knn": result["knn_top1"], "linear": result["top1"]}, out))
+            row = {**parts, "features": f"{kind}, multi-modal"}
+            # raw coordinates have no encoder that fuses them
+            if kind != "raw coordinates" and _key(row) not in done:
+                metrics = {task: TRIALS[task].run(evaluations["multimodal"], seed)["top1"] for task in ("knn", "linear")}
+                rows.append(_finished(row, metrics, out))
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Mean and deviation over the seeds, in percent; of several test parts of a data set, each seed counts with their mean."""
+    groups: dict[tuple[str, ...], dict[int, list[Metrics]]] = {}
+    for row in rows:
+        place = (row["data"], row["task"], f"{row['trained_on']} {row['tag']}".strip(), row["features"])
+        groups.setdefault(place, {}).setdefault(row["seed"], []).append(row["metrics"])
+    lines = []
+    for place, seeds in groups.items():
+        cells = []
+        for metric in next(iter(seeds.values()))[0]:
+            values = [100 * statistics.mean(part[metric] for part in parts) for parts in seeds.values()]
+            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{metric} {statistics.mean(values):.1f}{deviation}")
+        parts = {len(parts) for parts in seeds.values()}
+        lines.append("  ".join([*place, f"[{len(seeds)} seeds, {'/'.join(map(str, sorted(parts)))} parts]", *cells]))
+    return "\n".join(lines)
+
+
+def _target(text: str) -> tuple[PackedDataset, list[str]]:
+    """Data set and protocols of "DATA:PROTOCOL,PROTOCOL"."""
+    path, colon, protocols = text.rpartition(":")
+    if not colon or not path or not protocols:
+        raise ValueError(f"downstream: on must be DATA:PROTOCOL, got {text!r}. Name a data set and a protocol.")
+    return open_dataset(Path(path)), protocols.split(",")
+
+
+def main() -> None:
+    """Parse the command line, measure, print, append."""
+    parser = argparse.ArgumentParser(prog="python -m fastskel.bench.downstream", description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", help="name of a recipe")
+    parser.add_argument("data", type=Path, help="packed data set to train on")
+    parser.add_argument("--train", required=True, help="protocol whose training part to train on")
+    parser.add_argument("--on", nargs="+", default=[], metavar="DATA:PROTOCOL,..", help="where to test")
+    parser.add_argument("--trials", nargs="+", choices=list(TRIALS), default=["knn", "linear"], help="tasks")
+    parser.add_argument("--streams", action="store_true", help="joints, bones, motion and their fusions, by --train's test part")
+    parser.add_argument("--flat", type=Path, metavar="FOLDER", help="keep two coordinates; where the data of them are packed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", dest="settings", help="settings of the recipe")
+    parser.add_argument("--tag", default="", help="what runs and rows of these settings are called")
+    parser.add_argument("--threads", type=int, help="compute threads")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders go")
+    parser.add_argument("--out", type=Path, help="JSON lines file to append to")
+    parser.add_argument("--table", action="store_true", help="print the table of --out, measure nothing")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table([row for row in map(json.loads, arguments.out.read_text().splitlines()) if row.get("case") == CASE]))
+        return
+    if arguments.settings and not arguments.tag:
+        parser.error("--tag must name runs with settings of their own, got none")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    source = open_dataset(arguments.data)
+    targets = [_target(text) for text in arguments.on]
+    if arguments.flat is not None:
+        # the training data's own: what else is tested on has as many coordinates already
+        targets = [(flat(d, arguments.flat) if d.path == source.path else d, p) for d, p in targets]
+        source = flat(source, arguments.flat)
+    rows: list[dict[str, Any]] = []
+    for seed in arguments.seeds:
+        if arguments.streams:
+            rows += measure_streams(
+                arguments.recipe, seed, source, arguments.train, [arguments.train], arguments.runs, arguments.out,
+                arguments.settings,
+            )
+        rows += measure(
+            arguments.recipe, seed, source, arguments.train, targets, arguments.trials, arguments.runs, arguments.out,
+            arguments.settings, arguments.tag,
+        )  # fmt: skip
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Rows of the downstream tasks on real data: who is compared, what is read, and that nothing is measured twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastskel.bench import downstream
+
+from fastskel.data import make_synthetic, open_dataset, pack_arrays
+from fastskel.data.packed import PackedDataset
+
+TINY = ["epochs=1", "width=16", "frames=16", "batch_size=8", "warmup_steps=0", "milestones=()", "precision=fp32"]
+WHO = ["raw coordinates", "raw, aligned", "untrained encoder", "pretrained encoder"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> PackedDataset:
+    make_synthetic(tmp_path / "data", num_clips=24, num_classes=3, num_subjects=4)
+    return open_dataset(tmp_path / "data")
+
+
+def tried(source: PackedDataset, target: PackedDataset, protocol: str, trials: list[str], folder: Path) -> list[dict]:
+    return downstream.measure(
+        "usdrl-small", 0, source, "xsub", [(target, [protocol])], trials, folder / "runs", folder / "rows.jsonl", TINY, "tiny"
+    )
+
+
+def test_every_contender_has_a_row_for_every_trial_and_none_is_measured_twice(source: PackedDataset, tmp_path: Path) -> None:
+    rows = tried(source, source, "xsub", ["knn", "linear"], tmp_path)
+    assert [(row["features"], row["task"]) for row in rows] == [(who, task) for who in WHO for task in ("knn", "linear")]
+    assert all(set(row["metrics"]) == {"top1"} and 0 <= row["metrics"]["top1"] <= 1 for row in rows)
+    assert {(row["tag"], row["settings"]["width"], row["trained_on"]) for row in rows} == {("tiny", 16, "synthetic xsub")}
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == json.loads(json.dumps(rows))
+    more = tried(source, source, "xsub", ["knn", "linear", "cluster"], tmp_path)
+    assert [row["task"] for row in more] == ["cluster"] * 4
+    assert set(more[0]["metrics"]) == {"accuracy", "nmi", "ari"}
+
+
+def test_raw_coordinates_are_not_fine_tuned(
+    source: PackedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    trial = downstream.Trial(lambda evaluation, seed: asked.append(evaluation.encoder) or {"top1": 1.0}, trains=True)
+    monkeypatch.setattr(downstream, "TRIALS", {"finetune": trial})
+    rows = tried(source, source, "xsub", ["finetune"], tmp_path)
+    assert [row["features"] for row in rows] == WHO[2:]
+    assert None not in asked
+
+
+def test_other_data_are_adapted(source: PackedDataset, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    clips = [generator.normal(size=(20, 2, 20, 3)).astype(np.float32) for _ in range(12)]
+    split = {"fold": {"train": range(6), "test": range(6, 12)}}
+    labels = [number % 2 for number in range(12)]
+    other = pack_arrays(
+        clips, out=tmp_path / "other", topology="kinect-20-utd", labels=labels, splits=split, units="feet", source="other"
+    )
+    rows = tried(source, other, "fold", ["knn"], tmp_path)
+    assert [(row["data"], row["features"]) for row in rows] == [("other", who) for who in WHO]
+
+
+def test_untrimmed_recordings_leave_each_value_of_a_column_out(source: PackedDataset, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    clips = [generator.normal(size=(60, 1, source.topology.num_joints, 3)).astype(np.float32) for _ in range(4)]
+    segments = [(clip, clip % 2, 10, 40) for clip in range(4)]
+    recordings = pack_arrays(
+        clips, out=tmp_path / "long", topology=source.topology, segments=segments, class_names=["a", "b"],
+        columns={"subject": [0, 0, 1, 1]}, num_bodies=source.num_bodies_max, source="long",
+    )  # fmt: skip
+    rows = tried(source, recordings, "subject", ["detect", "segment"], tmp_path)
+    assert {row["protocol"] for row in rows} == {"subject"}
+    assert [row["task"] for row in rows] == ["detect", "segment"] * 4
+
+
+def test_streams_are_compared_alone_and_fused(source: PackedDataset, tmp_path: Path) -> None:
+    rows = downstream.measure_streams(
+        "usdrl-small", 0, source, "xsub", ["xsub"], tmp_path / "runs", tmp_path / "rows.jsonl", TINY
+    )
+    streams = ("joint", "bone", "motion", "late fusion", "multi-modal")
+    wanted = [f"{kind}, {stream}" for kind in (WHO[0], *WHO[2:]) for stream in streams]
+    assert [row["features"] for row in rows] == [name for name in wanted if name != "raw coordinates, multi-modal"]
+    assert all(set(row["metrics"]) == {"knn", "linear"} for row in rows)
+    assert downstream.measure_streams(
+        "usdrl-small", 0, source, "xsub", ["xsub"], tmp_path / "runs", tmp_path / "rows.jsonl", TINY
+    ) == []  # fmt: skip
+
+
+def test_flat_data_have_the_first_two_coordinates_and_everything_else(source: PackedDataset, tmp_path: Path) -> None:
+    made = downstream.flat(source, tmp_path / "flat")
+    assert np.array_equal(np.asarray(made.clip(3)), np.asarray(source.clip(3))[..., :2])
+    assert made.meta["channels"] == ["x", "y"]
+    assert np.array_equal(made.labels, source.labels)
+    assert np.array_equal(made.column("subject"), source.column("subject"))
+    assert downstream.flat(source, tmp_path / "flat").path == made.path
+
+
+def test_the_table_counts_a_seed_by_the_mean_of_its_parts() -> None:
+    def row(seed: int, protocol: str, top1: float) -> dict:
+        return {
+            "data": "sbu", "task": "knn", "trained_on": "nw-ucla xview", "tag": "", "features": "raw", "seed": seed,
+            "protocol": protocol, "metrics": {"top1": top1},
+        }  # fmt: skip
+
+    lines = downstream.table([row(0, "fold1", 0.5), row(0, "fold2", 0.7), row(1, "fold1", 0.6), row(1, "fold2", 0.8)])
+    assert lines.splitlines()[0].endswith("[2 seeds, 2 parts]  top1 65.0 ± 7.1")
+
+
+@pytest.mark.parametrize("text", ["data", "data:", ":xsub"])
+def test_a_target_names_data_and_protocol(text: str) -> None:
+    with pytest.raises(ValueError, match="downstream: on must be DATA:PROTOCOL"):
+        downstream._target(text)
