@@ -32,7 +32,7 @@ from fastskel.bench.harness import append_rows, origin
 
 from fastskel.data import pack_arrays
 from fastskel.data.packed import PackedDataset, open_dataset
-from fastskel.data.protocols import split
+from fastskel.data.protocols import protocols, split
 from fastskel.evaluate import (
     TASKS,
     DenseConfig,
@@ -149,11 +149,13 @@ def flat(dataset: PackedDataset, folder: Path) -> PackedDataset:
     if folder.exists():
         return open_dataset(folder)
     meta, clips = dataset.meta, range(len(dataset))
+    # protocols go by the name of the source, which is another one now
+    parts = {name: vars(split(dataset, name)) for name in protocols(dataset)}
     return pack_arrays(
         (np.asarray(dataset.clip(number))[..., :2] for number in clips), out=folder, topology=dataset.topology,
         labels=dataset.labels, names=[str(name) for name in dataset.names], class_names=dataset.class_names, num_frames="all",
         columns={name: np.asarray(values) for name, values in dataset.columns.items() if not dataset.per_frame(name)},
-        splits=dataset.splits, num_bodies=dataset.num_bodies_max, channels=meta["channels"][:2], units=meta["units"],
+        splits=parts, num_bodies=dataset.num_bodies_max, channels=meta["channels"][:2], units=meta["units"],
         up_axis=meta["up_axis"], source=f"{meta['source']}-2d",
     )  # fmt: skip
 
@@ -235,8 +237,8 @@ def measure(
     """
     recipe, run, facts = _begin(name, seed, settings, tag, source, train, runs)
     done, rows = _done(out), []
-    for dataset, protocols in targets:
-        for protocol in protocols:
+    for dataset, tests in targets:
+        for protocol in tests:
             for contender in contenders(recipe.stages(source)[0], run):
                 for task in trials:
                     trial = TRIALS[task]

@@ -11,6 +11,7 @@ from fastskel.bench import downstream
 
 from fastskel.data import make_synthetic, open_dataset, pack_arrays
 from fastskel.data.packed import PackedDataset
+from fastskel.data.protocols import split
 
 TINY = ["epochs=1", "width=16", "frames=16", "batch_size=8", "warmup_steps=0", "milestones=()", "precision=fp32"]
 WHO = ["raw coordinates", "raw, aligned", "untrained encoder", "pretrained encoder"]
@@ -53,10 +54,10 @@ def test_raw_coordinates_are_not_fine_tuned(
 def test_other_data_are_adapted(source: PackedDataset, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     clips = [generator.normal(size=(20, 2, 20, 3)).astype(np.float32) for _ in range(12)]
-    split = {"fold": {"train": range(6), "test": range(6, 12)}}
+    parts = {"fold": {"train": range(6), "test": range(6, 12)}}
     labels = [number % 2 for number in range(12)]
     other = pack_arrays(
-        clips, out=tmp_path / "other", topology="kinect-20-utd", labels=labels, splits=split, units="feet", source="other"
+        clips, out=tmp_path / "other", topology="kinect-20-utd", labels=labels, splits=parts, units="feet", source="other"
     )
     rows = tried(source, other, "fold", ["knn"], tmp_path)
     assert [(row["data"], row["features"]) for row in rows] == [("other", who) for who in WHO]
@@ -94,6 +95,7 @@ def test_flat_data_have_the_first_two_coordinates_and_everything_else(source: Pa
     assert made.meta["channels"] == ["x", "y"]
     assert np.array_equal(made.labels, source.labels)
     assert np.array_equal(made.column("subject"), source.column("subject"))
+    assert np.array_equal(split(made, "xsub").test, split(source, "xsub").test)
     assert downstream.flat(source, tmp_path / "flat").path == made.path
 
 
