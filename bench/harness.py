@@ -30,7 +30,7 @@ from fastskel.provenance import provenance
 
 __all__ = [
     "CPU_ATTENTION", "NOISY", "PROCESS_NOISE", "Timing", "append_rows", "compare", "device_name", "flops", "held_bytes",
-    "median_interval", "origin", "peak_bytes", "quantiles", "relative_l2", "saved_bytes",
+    "median_interval", "origin", "peak_bytes", "quantiles", "relative_l2", "resident_bytes", "saved_bytes", "timings",
 ]  # fmt: skip
 
 Call = Callable[[], object]
@@ -178,10 +178,10 @@ def compare(
         if number >= MIN_ROUNDS and clock() - begin > limit_s:
             break
         if number % rounds == 0:
-            timings = _timings(times, baseline, len(warm))
-            if not any(timing.noisy for timing in timings):
-                return timings
-    return _timings(times, baseline, len(warm))
+            found = timings(times, baseline, len(warm))
+            if not any(timing.noisy for timing in found):
+                return found
+    return timings(times, baseline, len(warm))
 
 
 def _settled(times: Sequence[float]) -> bool:
@@ -189,12 +189,13 @@ def _settled(times: Sequence[float]) -> bool:
     return len(times) > 1 and abs(times[-1] / times[-2] - 1.0) <= STABLE
 
 
-def _timings(times: Mapping[str, Sequence[float]], baseline: str, warmup: int) -> list[Timing]:
+def timings(times: Mapping[str, Sequence[float]], baseline: str, warmup: int = 0) -> list[Timing]:
+    """Sum up the milliseconds that each provider took in the same rounds, (R,) each; one timing for each, in their order."""
     base = times[baseline]
     successive = [a / b for a, b in itertools.pairwise(base)] or [1.0]
     low, middle, high = quantiles(successive)
     noise, drift = (high - low) / middle, abs(middle - 1.0)
-    timings = []
+    found = []
     for name, own in times.items():
         q20, median, q80 = quantiles(own)
         ratios = [b / a for a, b in zip(own, base, strict=True)]
@@ -203,10 +204,10 @@ def _timings(times: Mapping[str, Sequence[float]], baseline: str, warmup: int) -
         least, most = median_interval(successive if name == baseline else ratios)
         half = FEW_ROUNDS.get(len(own), 1.0) * (most - least) / (2 * ratio)
         uncertainty = max(half, drift, PROCESS_NOISE) if len(own) >= MIN_ROUNDS else 1.0
-        timings.append(
+        found.append(
             Timing(name, len(own), median, q20, q80, ratio, slow, fast, noise, uncertainty, uncertainty > NOISY, warmup)
         )
-    return timings
+    return found
 
 
 def saved_bytes(call: Call, exclude: Iterable[Tensor] = ()) -> int:
@@ -296,6 +297,12 @@ def flops(call: Call) -> int:
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         call()
     return int(counter.get_total_flops())
+
+
+def resident_bytes(key: str) -> int:
+    """Bytes of memory that this process has: "VmRSS" at present, "VmHWM" at most so far."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024
 
 
 def relative_l2(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from fastskel.bench.children import Child, failure
-from fastskel.bench.harness import append_rows, compare, origin
+from fastskel.bench.harness import append_rows, compare, origin, resident_bytes
 from fastskel.bench.rows import verdict
 from numpy.typing import NDArray
 from torch import Tensor
@@ -157,19 +157,13 @@ def measure(case: Case, providers: Sequence[str], rounds: int, limit_s: float) -
         yield {**timing.row(), "tflop_per_s": work / timing.median_ms / 1e9, "same": same.get(timing.provider)}
 
 
-def _resident(key: str) -> int:
-    """Bytes of this process: VmRSS at present, VmHWM at most."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
-    return int(line.split()[1]) * 1024
-
-
 def _one(case: Case, provider: str) -> Row:
     features = make_features(case)
     # libraries and threads are there before the count begins
     _calls(QUICK, [provider], *make_features(QUICK))[provider]()
-    before = _resident("VmRSS")
+    before = resident_bytes("VmRSS")
     _calls(case, [provider], *features)[provider]()
-    return {"peak_bytes": _resident("VmHWM"), "added_bytes": max(0, _resident("VmHWM") - before)}
+    return {"peak_bytes": resident_bytes("VmHWM"), "added_bytes": max(0, resident_bytes("VmHWM") - before)}
 
 
 def memory(case: Case, provider: str, limit_s: float) -> Row:
