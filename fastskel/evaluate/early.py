@@ -34,7 +34,7 @@ from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
 from fastskel.evaluate.features import FeatureSet, batches, frozen
 from fastskel.evaluate.finetune import FinetuneConfig, fine_tune
 from fastskel.evaluate.linear import LinearConfig, linear_probe
-from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy, top_k_accuracy
+from fastskel.evaluate.metrics import class_metrics
 from fastskel.evaluate.report import write_results
 from fastskel.nn.pool import prefix_pool
 
@@ -118,7 +118,7 @@ def causal_features(evaluation: Evaluation, indices: NDArray[np.int64], frames: 
             tokens = encoder(batch.views[0].to(device), mode="causal").need("temporal", "early")
             parts.append(prefix_pool(tokens)[:, chosen].float().cpu())
     pooled = torch.cat(parts)
-    labels = torch.from_numpy(np.asarray(evaluation.dataset.labels, np.int64)[indices])
+    labels = evaluation.labels_of(indices)
     return [FeatureSet(pooled[:, number], labels, torch.from_numpy(indices)) for number in range(len(frames))]
 
 
@@ -260,15 +260,8 @@ def evaluate_early(
             scores = _finetuned_scores(evaluation, ratios, parts, finetune_config, train_full, folder, resume)
         else:
             scores = _frozen_scores(evaluation, parts, config, train_full, group_column)
-    labels = torch.from_numpy(np.asarray(evaluation.dataset.labels, np.int64)[test])
-    curve = []
-    for ratio, values in zip(ratios, scores, strict=True):
-        predictions = values.argmax(1)
-        confusion = confusion_matrix(labels, predictions, len(evaluation.class_names))
-        curve.append({
-            "ratio": ratio, "top1": accuracy(predictions, labels), "top5": top_k_accuracy(values, labels, 5),
-            "mean_class": mean_class_accuracy(confusion),
-        })  # fmt: skip
+    labels = evaluation.labels_of(test)
+    curve = [{"ratio": ratio, **class_metrics(values, labels)[0]} for ratio, values in zip(ratios, scores, strict=True)]
     used = finetune_config if finetune_config is not None else config or LinearConfig()
     results = {
         **{name: curve[-1][name] for name in ("top1", "top5", "mean_class")},

@@ -18,13 +18,13 @@ from fastskel.data.identity import dataset_identity
 from fastskel.data.packed import PackedDataset
 from fastskel.data.protocols import Split
 from fastskel.data.views import ViewSpec
-from fastskel.evaluate.features import FeatureSet, dataset_features, raw_features
+from fastskel.evaluate.features import FeatureSet, dataset_features, labels_of, raw_features
 from fastskel.evaluate.report import confusion_csv, confusion_figure, write_results
 from fastskel.models.encoder import Encoder
 from fastskel.provenance import provenance
 from fastskel.registry import Registry
 
-__all__ = ["TASKS", "Evaluation", "Task", "write_confusion"]
+__all__ = ["TASKS", "Evaluation", "Task"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,10 @@ class Evaluation:
         train, test = self.known("train"), self.known("test")
         return self.features_of(train), self.features_of(test)
 
+    def labels_of(self, clips: NDArray[np.int64]) -> Tensor:
+        """Labels of clips (N,), -1 where unknown."""
+        return labels_of(self.dataset, clips)
+
     def groups(self, index: Tensor, column: str = "subject") -> Tensor | None:
         """Number the values that a per-clip column has for clips (N,); None where the data set has no such column."""
         if column not in self.dataset.columns or self.dataset.per_frame(column):
@@ -167,16 +171,32 @@ class Evaluation:
         source = str(self.dataset.meta.get("source") or self.dataset.path.name)
         return f"{task}, {self.encoder_name}, {' '.join(part for part in (source, self.protocol) if part)}"
 
+    def finish(
+        self,
+        out: str | os.PathLike[str] | None,
+        results: dict[str, Any],
+        confusion: Tensor,
+        title: str,
+        class_names: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """Add the confusion matrix to the results of a classification, and write both.
 
-def write_confusion(
-    out: str | os.PathLike[str], results: dict[str, Any], confusion: Tensor, class_names: Sequence[str], title: str
-) -> None:
-    """Write confusion.csv and confusion.png of counts (K, K), then results.json: a folder with results is complete."""
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    confusion_csv(folder / "confusion.csv", confusion, class_names)
-    confusion_figure(folder / "confusion.png", confusion, class_names, title)
-    write_results(folder / "results.json", results)
+        Args:
+            out: Folder for results.json, confusion.csv and confusion.png; None: nothing is written.
+            results: All but the matrix.
+            confusion: Counts, (K, K).
+            title: What classified, for the picture.
+            class_names: Names of the K classes; those of the data set if None.
+        """
+        results = {**results, "confusion": confusion.tolist()}
+        if out is not None:
+            folder, names = Path(out), self.class_names if class_names is None else class_names
+            folder.mkdir(parents=True, exist_ok=True)
+            confusion_csv(folder / "confusion.csv", confusion, names)
+            confusion_figure(folder / "confusion.png", confusion, names, self.title(title))
+            # last: a folder with results is complete
+            write_results(folder / "results.json", results)
+        return results
 
 
 @dataclass(frozen=True)

@@ -145,12 +145,11 @@ def _gather(
             f"{function}: features must be finite, got nan or inf for clip {clip} ({dataset.names[clip]}) of "
             f"{dataset.path}. Check the encoder's weights and the clip's coordinates."
         )
-    return _with_labels(dataset, features, index)
+    return FeatureSet(features, labels_of(dataset, indices), index)
 
 
-def _with_labels(dataset: PackedDataset, features: Tensor, index: Tensor) -> FeatureSet:
-    labels = torch.from_numpy(np.asarray(dataset.labels, dtype=np.int64)[index.numpy()])
-    return FeatureSet(features, labels, index)
+def labels_of(dataset: PackedDataset, clips: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(np.asarray(dataset.labels, dtype=np.int64)[clips])
 
 
 @contextlib.contextmanager
@@ -257,7 +256,7 @@ def dataset_features(
         path = Path(cache) / f"{cache_key or 'features-' + key[:16]}.safetensors"
         features = _read_cache(path, key, chosen)
         if features is not None:
-            return _with_labels(dataset, features, torch.from_numpy(chosen))
+            return FeatureSet(features, labels_of(dataset, chosen), torch.from_numpy(chosen))
     parts: list[Tensor] = []
     order: list[Tensor] = []
     mixed = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")

@@ -17,7 +17,7 @@ from torch.nn import functional
 from fastskel import philox
 from fastskel.data.packed import PackedDataset
 from fastskel.data.protocols import NTU_NOVEL_CLASSES
-from fastskel.evaluate.evaluation import TASKS, Evaluation, Task, write_confusion
+from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
 from fastskel.evaluate.features import FeatureSet
 from fastskel.evaluate.knn import knn_neighbours
 from fastskel.evaluate.logistic import LogisticConfig, logistic_probe
@@ -291,11 +291,8 @@ def evaluate_oneshot(
         # exemplars and clips of other classes are not dropped
         "dropped_train": 0,
         "dropped_test": len(evaluation.split.test) - len(evaluation.known("test")),
-        "confusion": confusion.tolist(),
     }
-    if out is not None:
-        write_confusion(out, results, confusion, names, evaluation.title("one-shot"))
-    return results
+    return evaluation.finish(out, results, confusion, "one-shot", names)
 
 
 TASKS.add("fewshot", Task(evaluate_fewshot))

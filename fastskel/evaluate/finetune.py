@@ -33,8 +33,8 @@ from fastskel.evaluate.classifier import (
     described_encoder,
     parts_of,
 )
-from fastskel.evaluate.evaluation import TASKS, Evaluation, Task, write_confusion
-from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy, top_k_accuracy
+from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
+from fastskel.evaluate.metrics import class_metrics, top_k_accuracy
 from fastskel.models.encoder import Encoder
 from fastskel.train.checkpoint import newest, weights
 from fastskel.train.stage import describe
@@ -310,7 +310,7 @@ def fine_tune(
         dataset, views=(train_view,), batch_size=min(config.batch_size, len(train)), seed=config.seed,
         num_threads=evaluation.num_threads, indices=train, drop_last=False, device=device,
     )  # fmt: skip
-    labels = torch.from_numpy(np.asarray(dataset.labels, np.int64)[test])
+    labels = evaluation.labels_of(test)
 
     def score() -> Tensor:
         return class_scores(
@@ -367,16 +367,11 @@ def evaluate_finetune(
     """
     config = config or FinetuneConfig()
     made = fine_tune(evaluation, config, indices=indices, train_view=train_view, out=out, resume=resume)
-    labels = torch.from_numpy(np.asarray(evaluation.dataset.labels, np.int64)[made.test])
-    predictions = made.scores.argmax(1)
-    class_names = evaluation.class_names
-    confusion = confusion_matrix(labels, predictions, len(class_names))
+    found, confusion = class_metrics(made.scores, evaluation.labels_of(made.test))
     read = [(row["test_top1"], -row["epoch"]) for row in made.history if "test_top1" in row]
     best_top1, best_epoch = max(read)
     results = {
-        "top1": accuracy(predictions, labels),
-        "top5": top_k_accuracy(made.scores, labels, 5),
-        "mean_class": mean_class_accuracy(confusion),
+        **found,
         "best_top1": best_top1,
         "best_epoch": -best_epoch,
         "note": "top1 is that of the last epoch; best_top1 is chosen on the test set",
@@ -386,11 +381,8 @@ def evaluate_finetune(
         "checkpoint": None if made.checkpoint is None else str(made.checkpoint),
         **evaluation.record("finetune", torch.from_numpy(made.train), torch.from_numpy(made.test)),
         "history": made.history,
-        "confusion": confusion.tolist(),
     }
-    if out is not None:
-        write_confusion(out, results, confusion, class_names, evaluation.title("fine-tuning"))
-    return results
+    return evaluation.finish(out, results, confusion, "fine-tuning")
 
 
 TASKS.add("finetune", Task(evaluate_finetune))

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastskel.data.identity import dataset_identity
-from fastskel.evaluate.evaluation import Evaluation, write_confusion
+from fastskel.evaluate.evaluation import Evaluation
 from fastskel.evaluate.features import FeatureSet
 from fastskel.evaluate.knn import knn_predict
 from fastskel.evaluate.linear import LinearConfig, LinearResult, held_out, linear_probe
-from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy, top_k_accuracy
+from fastskel.evaluate.metrics import accuracy, class_metrics
 
 __all__ = ["choose_weights", "evaluate_fusion", "fuse_features", "fuse_scores"]
 
@@ -143,7 +143,7 @@ def evaluate_fusion(
     _check(evaluations)
     count, first = len(evaluations), evaluations[0]
     shares = _normalised((1.0,) * count if weights is None or weights == "auto" else weights, count)
-    class_names, num_classes = first.class_names, len(first.class_names)
+    num_classes = len(first.class_names)
     config = config or LinearConfig(learning_rate=None, standardise=None)
     features = [evaluation.features() for evaluation in evaluations]
     # the same clips, whoever encoded them
@@ -162,15 +162,12 @@ def evaluate_fusion(
         return accuracy(knn_predict(rows, train.labels, queries, k, device=first.device), test.labels)
 
     scores = fuse_scores([_scores(member.probe, member.test.features) for member in members], shares)
-    predictions = scores.argmax(1)
-    confusion = confusion_matrix(test.labels, predictions, num_classes)
+    found, confusion = class_metrics(scores, test.labels)
     records = [evaluation.record("fusion", train.index, test.index) for evaluation in evaluations]
     # the same for all runs that are known to have been trained on some
     seen = [record["test_clips_trained_on"] for record in records if record["test_clips_trained_on"] is not None]
     results = {
-        "top1": accuracy(predictions, test.labels),
-        "top5": top_k_accuracy(scores, test.labels, 5),
-        "mean_class": mean_class_accuracy(confusion),
+        **found,
         "knn_top1": neighbours(members, shares),
         "k": k,
         "weights": list(shares),
@@ -186,8 +183,5 @@ def evaluate_fusion(
         **records[0],
         **{key: [record[key] for record in records] for key in ("run", "encoder", "num_features", "view")},
         "test_clips_trained_on": seen[0] if seen else None,
-        "confusion": confusion.tolist(),
     }  # fmt: skip
-    if out is not None:
-        write_confusion(out, results, confusion, class_names, first.title("late fusion"))
-    return results
+    return first.finish(out, results, confusion, "late fusion")

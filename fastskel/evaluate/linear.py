@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fastskel import philox
 from fastskel.evaluate.features import FeatureSet
-from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy, top_k_accuracy
+from fastskel.evaluate.metrics import class_metrics, top_k_accuracy
 
 __all__ = [
     "EpochRow", "LinearConfig", "LinearResult", "check_pair", "choose_config", "column_scale", "held_out", "linear_probe",
@@ -243,21 +243,18 @@ def linear_probe(
             row = replace(row, test_top1=top_k_accuracy(scores, test_y, 1), test_top5=top_k_accuracy(scores, test_y, 5))
         history.append(row)
 
-    predictions = scores.argmax(1).cpu()
-    confusion = confusion_matrix(test.labels, predictions, num_classes)
+    found, confusion = class_metrics(scores, test_y)
     read = [(row.test_top1, -row.epoch) for row in history if row.test_top1 is not None]
     best_top1, best_epoch = max(read)
     # folded, so that the weights apply to features as they come
     folded = weight.detach() / deviation
     return LinearResult(
-        top1=accuracy(predictions, test.labels.cpu()),
-        top5=top_k_accuracy(scores, test_y, 5),
-        mean_class=mean_class_accuracy(confusion),
+        **found,
         best_top1=best_top1,
         best_epoch=-best_epoch,
         weight=folded.cpu(),
         bias=(bias.detach() - folded @ mean).cpu(),
-        predictions=predictions,
+        predictions=scores.argmax(1).cpu(),
         confusion=confusion,
         history=tuple(history),
         config=config,

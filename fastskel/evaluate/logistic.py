@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskel.evaluate.evaluation import TASKS, Evaluation, Task, write_confusion
+from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
 from fastskel.evaluate.features import FeatureSet
 from fastskel.evaluate.linear import check_pair, column_scale, held_out
-from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy, top_k_accuracy
+from fastskel.evaluate.metrics import accuracy, class_metrics
 
 __all__ = ["PENALTIES", "LogisticConfig", "LogisticResult", "evaluate_logistic", "logistic_probe"]
 
@@ -358,15 +358,12 @@ def logistic_probe(
     weight[classes], bias[classes] = space.fold(fitted.weight)
     blocks = torch.split(test.features, BLOCK_ROWS)
     scores = torch.cat([block.to(device, torch.float64) @ weight.T + bias for block in blocks]).cpu()
-    predictions = scores.argmax(1)
-    confusion = confusion_matrix(test.labels, predictions, num_classes)
+    found, confusion = class_metrics(scores, test.labels.cpu())
     return LogisticResult(
-        top1=accuracy(predictions, test.labels.cpu()),
-        top5=top_k_accuracy(scores, test.labels.cpu(), 5),
-        mean_class=mean_class_accuracy(confusion),
+        **found,
         weight=weight.cpu(),
         bias=bias.cpu(),
-        predictions=predictions,
+        predictions=scores.argmax(1),
         confusion=confusion,
         loss=fitted.loss,
         penalty=penalty,
@@ -397,9 +394,8 @@ def evaluate_logistic(
         ValueError: If a part of the split has no labelled clip.
     """
     train, test = evaluation.features()
-    class_names = evaluation.class_names
     groups = evaluation.groups(train.index, group_column)
-    probe = logistic_probe(train, test, len(class_names), config, groups=groups, device=evaluation.device)
+    probe = logistic_probe(train, test, len(evaluation.class_names), config, groups=groups, device=evaluation.device)
     results = {
         "top1": probe.top1,
         "top5": probe.top5,
@@ -411,11 +407,8 @@ def evaluate_logistic(
         "converged": probe.converged,
         "config": asdict(probe.config),
         **evaluation.record("linear", train.index, test.index),
-        "confusion": probe.confusion.tolist(),
     }
-    if out is not None:
-        write_confusion(out, results, probe.confusion, class_names, evaluation.title("logistic regression"))
-    return results
+    return evaluation.finish(out, results, probe.confusion, "logistic regression")
 
 
 TASKS.add("logistic", Task(evaluate_logistic))

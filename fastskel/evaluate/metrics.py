@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["accuracy", "confusion_matrix", "mean_and_deviation", "mean_class_accuracy", "top_k_accuracy"]
+__all__ = ["accuracy", "class_metrics", "confusion_matrix", "mean_and_deviation", "mean_class_accuracy", "top_k_accuracy"]
 
 
 def _check_labels(function: str, name: str, labels: Tensor, num_classes: int) -> None:
@@ -109,6 +109,23 @@ def mean_class_accuracy(confusion: Tensor) -> float:
         raise ValueError("mean_class_accuracy: confusion must count samples, got none. Check the split.")
     recall = confusion.diagonal()[seen].to(torch.float64) / totals[seen].to(torch.float64)
     return float(recall.mean())
+
+
+def class_metrics(scores: Tensor, labels: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Judge class scores (N, K) by labels (N,).
+
+    Returns:
+        "top1", "top5" and "mean_class" as fractions of one, and the counts of `confusion_matrix`, (K, K).
+    Raises:
+        ValueError: As `top_k_accuracy` and `confusion_matrix`.
+    """
+    predictions = scores.argmax(1)
+    confusion = confusion_matrix(labels, predictions, scores.shape[1])
+    found = {
+        "top1": accuracy(predictions, labels), "top5": top_k_accuracy(scores, labels, 5),
+        "mean_class": mean_class_accuracy(confusion),
+    }  # fmt: skip
+    return found, confusion
 
 
 def mean_and_deviation(values: Sequence[float]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict
 from typing import Any
 
-from fastskel.evaluate.evaluation import TASKS, Evaluation, Task, write_confusion
+from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
 from fastskel.evaluate.knn import knn_rank
 from fastskel.evaluate.linear import LinearConfig, linear_probe
 from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy
@@ -33,19 +33,15 @@ def evaluate_knn(evaluation: Evaluation, out: str | os.PathLike[str] | None = No
     ranking = knn_rank(
         train.features, train.labels, test.features, k, num_ranked=NUM_RANKED, device=evaluation.device
     )
-    class_names = evaluation.class_names
-    confusion = confusion_matrix(test.labels, ranking[:, 0], len(class_names))
+    confusion = confusion_matrix(test.labels, ranking[:, 0], len(evaluation.class_names))
     results = {
         "top1": accuracy(ranking[:, 0], test.labels),
         "top5": int((ranking == test.labels[:, None]).any(1).sum()) / len(test),
         "mean_class": mean_class_accuracy(confusion),
         "k": k,
         **evaluation.record("knn", train.index, test.index),
-        "confusion": confusion.tolist(),
     }
-    if out is not None:
-        write_confusion(out, results, confusion, class_names, evaluation.title(f"{k}-NN"))
-    return results
+    return evaluation.finish(out, results, confusion, f"{k}-NN")
 
 
 def evaluate_linear(
@@ -69,9 +65,8 @@ def evaluate_linear(
         ValueError: If a part of the split has no labelled clip, or the probe diverges.
     """
     train, test = evaluation.features()
-    class_names = evaluation.class_names
     groups = evaluation.groups(train.index, group_column)
-    probe = linear_probe(train, test, len(class_names), config, groups=groups, device=evaluation.device)
+    probe = linear_probe(train, test, len(evaluation.class_names), config, groups=groups, device=evaluation.device)
     results = {
         "top1": probe.top1,
         "top5": probe.top5,
@@ -83,11 +78,8 @@ def evaluate_linear(
         "config": asdict(probe.config),
         **evaluation.record("linear", train.index, test.index),
         "history": [asdict(row) for row in probe.history],
-        "confusion": probe.confusion.tolist(),
     }
-    if out is not None:
-        write_confusion(out, results, probe.confusion, class_names, evaluation.title("linear probe"))
-    return results
+    return evaluation.finish(out, results, probe.confusion, "linear probe")
 
 
 TASKS.add("knn", Task(evaluate_knn))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastskel import philox
-from fastskel.evaluate.evaluation import TASKS, Evaluation, Task, write_confusion
+from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
 from fastskel.evaluate.few_shot import class_numbers
 from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy
 
@@ -243,11 +243,8 @@ def evaluate_zeroshot(
         "dropped_train": len(evaluation.split.train) - len(train),
         "dropped_test": len(evaluation.split.test) - len(test),
         "train_clips_of_unseen_classes": int((~shown).sum()),
-        "confusion": confusion.tolist(),
     }
-    if out is not None:
-        write_confusion(out, results, confusion, [names[number] for number in hidden.tolist()], evaluation.title("zero-shot"))
-    return results
+    return evaluation.finish(out, results, confusion, "zero-shot", results["unseen"])
 
 
 TASKS.add("zeroshot", Task(evaluate_zeroshot))
