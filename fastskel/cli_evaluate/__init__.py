@@ -5,7 +5,6 @@ from fastskel.cli_evaluate.frozen import knn, linear
 from fastskel.cli_evaluate.fusion import fusion
 from fastskel.cli_evaluate.options import Command, Data, Run, chosen_split
 from fastskel.cli_evaluate.retrieval import retrieval
-from fastskel.cli_evaluate.trained import early, finetune, transfer
 
 __all__ = ["Command", "Data", "Run", "chosen_split", "evaluate_commands"]
 
@@ -14,6 +13,7 @@ def evaluate_commands() -> dict[str, Command]:
     """Commands by the name of their task."""
     # the settings of these are declared beside torch
     from fastskel.cli_evaluate.dense import detect, segment
+    from fastskel.cli_evaluate.trained import early, finetune, transfer
 
     return {
         "knn": knn,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, prepare, warn_if_seen
+from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, changed, prepare, warn_if_seen
 from fastskel.evaluate.dense import DenseConfig
 from fastskel.evaluate.detection import ProposalConfig
-from fastskel.evaluate.frame_heads import FrameHeadConfig
-from fastskel.evaluate.windows import Windows
 
 if TYPE_CHECKING:
     from fastskel.evaluate import Evaluation
@@ -39,20 +37,11 @@ def _prepare(
         dataset = open_dataset(data)
         # any of its folds: the task makes them all of the clips of both parts
         parts = f"leave-one-{column}-out", leave_one_out(dataset, column, np.arange(len(dataset)))[0][1]
-    settings = [config.head.head, *_changed(config.head, DENSE.head), *_changed(config.windows, DENSE.windows)]
+    # the head is named whatever it is
+    head = changed(config.head, replace(DENSE.head, head=config.head.head))
+    settings = [config.head.head, *head, *changed(config.windows, DENSE.windows)]
     settings += ["drop_reversed"] if config.drop_reversed else []
     return prepare(task, run, data, options, [*settings, *shown], parts)
-
-
-def _changed(settings: FrameHeadConfig | Windows, usual: FrameHeadConfig | Windows) -> list[str]:
-    """Name the settings that are not as usual, which tell one folder of results from another; not which head it is."""
-    given, default = asdict(settings), asdict(usual)
-    parts = []
-    for name in (name for name in given if name != "head" and given[name] != default[name]):
-        value = given[name]
-        # a choice names itself, as does what is switched on
-        parts.append(name if value is True else value if isinstance(value, str) else f"{name}{value}")
-    return parts
 
 
 def _say(result: Mapping[str, Any], folder: Path, names: Sequence[str]) -> None:

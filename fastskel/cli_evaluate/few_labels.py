@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, prepare, say, warn_if_seen
+from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, changed, prepare, say, warn_if_seen
 
 __all__ = ["cluster", "fewshot", "oneshot", "semi", "zeroshot"]
 
@@ -53,7 +53,7 @@ def semi(
     from fastskel.evaluate import LinearConfig, LogisticConfig, evaluate_semi
 
     config = LogisticConfig() if solver == "exact" else LinearConfig(learning_rate=None, standardise=None)
-    shown = [value for value, default in ((sampling, "random"), (solver, "exact")) if value != default]
+    shown = changed({"fractions": fractions, "sampling": sampling, "seeds": seeds, "solver": solver}, semi)
     evaluation, folder = prepare("semi", run, data, common, shown)
     result = evaluate_semi(evaluation, folder, fractions=fractions, sampling=sampling, seeds=seeds, config=config)
     warn_if_seen(result)
@@ -95,12 +95,13 @@ def fewshot(
     """
     from fastskel.evaluate import evaluate_fewshot
 
-    shown = [f"{ways}way", f"{shots}shot", *([classifier] if classifier != "mean" else []), *(["centred"] if centre else [])]
-    shown += [f"seed{seed}"] if seed else []
+    chosen = _listed("classes", classes, classes_file)
+    settings = {"queries": queries, "episodes": episodes, "classifier": classifier, "centre": centre, "seed": seed}
+    shown = [f"{ways}way", f"{shots}shot", *changed({**settings, "classes": chosen or ()}, fewshot)]
     evaluation, folder = prepare("fewshot", run, data, common, shown)
     result = evaluate_fewshot(
-        evaluation, folder, ways=ways, shots=shots, queries=queries, episodes=episodes, classifier=classifier,
-        classes=_listed("classes", classes, classes_file), centre=centre, seed=seed,
+        evaluation, folder, ways=ways, shots=shots, queries=queries, episodes=episodes, classifier=classifier, classes=chosen,
+        centre=centre, seed=seed,
     )  # fmt: skip
     warn_if_seen(result)
     top1 = result["top1"]
@@ -132,9 +133,10 @@ def oneshot(
     """
     from fastskel.evaluate import evaluate_oneshot
 
-    evaluation, folder = prepare("oneshot", run, data, common)
-    chosen = _listed("novel", novel, novel_file)
-    result = evaluate_oneshot(evaluation, folder, novel=chosen, exemplars=_listed("exemplars", (), exemplars))
+    settings = {"novel": _listed("novel", novel, novel_file), "exemplars": _listed("exemplars", (), exemplars)}
+    shown = changed(settings, {"novel": None, "exemplars": None})
+    evaluation, folder = prepare("oneshot", run, data, common, shown)
+    result = evaluate_oneshot(evaluation, folder, **settings)
     say(result, folder, ("top1", "mean_class"))
 
 
@@ -165,7 +167,8 @@ def zeroshot(
     hidden = _listed("unseen", unseen, unseen_file)
     if hidden is None:
         raise ValueError("evaluate: unseen or unseen_file must be given, got neither. Name the classes that are not shown.")
-    evaluation, folder = prepare("zeroshot", run, data, common, [f"seed{seed}"] if seed else [])
+    shown = [embeddings.stem, *changed({"unseen": hidden, "penalty": penalty, "seed": seed}, zeroshot)]
+    evaluation, folder = prepare("zeroshot", run, data, common, shown)
     result = evaluate_zeroshot(evaluation, folder, embeddings=embeddings, unseen=hidden, penalty=penalty, seed=seed)
     say(result, folder, ("top1", "mean_class"))
     told = {name: value for name, value in result["generalised"].items() if value is not None}
@@ -196,10 +199,8 @@ def cluster(
     """
     from fastskel.evaluate import evaluate_cluster
 
-    shown: list[str] = [part] if part != "test" else []
-    shown += [f"{num_clusters}clusters"] if num_clusters is not None else []
-    shown += ["raw"] if raw else []
-    evaluation, folder = prepare("cluster", run, data, common, shown)
+    settings = {"part": part, "num_clusters": num_clusters, "raw": raw, "seeds": seeds, "restarts": restarts}
+    evaluation, folder = prepare("cluster", run, data, common, changed(settings, cluster))
     result = evaluate_cluster(
         evaluation, folder, part=part, num_clusters=num_clusters, normalise=not raw, seeds=seeds, restarts=restarts
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, prepare, say
+from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, changed, prepare, say
 
 __all__ = ["Setting", "knn", "linear"]
 
@@ -23,7 +23,7 @@ def knn(run: Run, data: Data, k: int = 1, common: EvaluateOptions = EvaluateOpti
     """
     from fastskel.evaluate import evaluate_knn
 
-    evaluation, folder = prepare("knn", run, data, common, [f"k{k}"] if k != 1 else [])
+    evaluation, folder = prepare("knn", run, data, common, changed({"k": k}, knn))
     say(evaluate_knn(evaluation, folder, k=k), folder)
 
 
@@ -54,17 +54,11 @@ def linear(
     """
     from fastskel.evaluate import LinearConfig, LogisticConfig, evaluate_linear, evaluate_logistic
 
-    seeded = [f"seed{seed}"] if seed else []
-    if solver == "exact":
-        if learning_rate is not None or published is not None or epochs != 160:
-            raise ValueError(
-                "evaluate: learning_rate, published and epochs must be left out, the exact solver has none. Leave them out."
-            )
-        shown = ["exact", *([f"penalty{penalty:g}"] if penalty is not None else []), *seeded]
-        evaluation, folder = prepare("linear", run, data, common, shown)
-        say(evaluate_logistic(evaluation, folder, config=LogisticConfig(penalty=penalty, seed=seed)), folder)
-        return
-    if penalty is not None:
+    if solver == "exact" and (learning_rate is not None or published is not None or epochs != 160):
+        raise ValueError(
+            "evaluate: learning_rate, published and epochs must be left out, the exact solver has none. Leave them out."
+        )
+    if solver == "sgd" and penalty is not None:
         raise ValueError("evaluate: penalty must be left out, only the exact solver has one. Pass --solver exact.")
     if published is not None:
         from fastskel.recipes import LINEAR_RATES
@@ -72,9 +66,12 @@ def linear(
         if learning_rate is not None:
             raise ValueError("evaluate: learning_rate or published must be given, got both. Leave one out.")
         learning_rate = LINEAR_RATES[published]
-    standardise = None if learning_rate is None else False
-    config = LinearConfig(learning_rate=learning_rate, standardise=standardise, epochs=epochs, seed=seed)
-    shown = [f"lr{learning_rate:g}"] if learning_rate is not None else []
-    shown += [f"epochs{epochs}"] if epochs != 160 else []
-    evaluation, folder = prepare("linear", run, data, common, [*shown, *seeded])
-    say(evaluate_linear(evaluation, folder, config=config), folder)
+    settings = {"solver": solver, "learning_rate": learning_rate, "epochs": epochs, "penalty": penalty, "seed": seed}
+    evaluation, folder = prepare("linear", run, data, common, changed(settings, linear))
+    if solver == "exact":
+        result = evaluate_logistic(evaluation, folder, config=LogisticConfig(penalty=penalty, seed=seed))
+    else:
+        standardise = None if learning_rate is None else False
+        config = LinearConfig(learning_rate=learning_rate, standardise=standardise, epochs=epochs, seed=seed)
+        result = evaluate_linear(evaluation, folder, config=config)
+    say(result, folder)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from fastskel.cli_evaluate.options import EvaluateOptions, prepare, warn_if_seen
+from fastskel.cli_evaluate.options import EvaluateOptions, changed, prepare, warn_if_seen
 
 __all__ = ["fusion"]
 
@@ -42,9 +42,9 @@ def fusion(
     if modalities and len(modalities) != len(runs):
         raise ValueError(f"evaluate: modalities must be one for each of {len(runs)} runs, got {len(modalities)}. Give as many.")
     options = [replace(common, modality=modality) for modality in modalities] or [common] * len(runs)
-    shown = ["with", *(run.resolve().name for run in runs[1:])]
-    shown += ["auto"] if weights == "auto" else [f"{weight:g}" for weight in weights if isinstance(weight, float)]
-    shown += [f"k{k}"] if k != 1 else []
+    # the first run's modality is in its own options
+    shown = ["with", *(run.resolve().name for run in runs[1:]), *modalities[1:]]
+    shown += changed({"weights": weights, "k": k, "epochs": epochs, "seed": seed}, fusion)
     prepared = [prepare("fusion", run, data, each, shown) for run, each in zip(runs, options, strict=True)]
     # in the first run's
     folder = prepared[0][1]

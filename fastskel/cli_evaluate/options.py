@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,11 +24,22 @@ if TYPE_CHECKING:
     from fastskel.models.encoder import Encoder
     from fastskel.skeleton import Topology
 
-__all__ = ["Command", "Data", "EvaluateOptions", "Run", "chosen_split", "prepare", "say", "warn_if_seen"]
+__all__ = ["Command", "Data", "EvaluateOptions", "Run", "changed", "chosen_split", "prepare", "say", "warn_if_seen"]
 
 Command = Callable[..., None]
 Data = Annotated[Positional[Path], arg(metavar="DATA")]
 Run = Annotated[Positional[Path], arg(metavar="RUN")]
+
+# settings whose names in a folder's name are not their own
+SHORT = {
+    "centre": "centred", "classes": "classes-", "exemplars": "exemplars-", "fine_tune": "fine-tuned", "ks": "k",
+    "learning_rate": "lr", "novel": "novel-", "num_clusters": "clusters", "skip_map": "nomap", "train_full": "train-full",
+    "unseen": "unseen-", "weights": "",
+}  # fmt: skip
+# those of every evaluation that change results and are not named otherwise
+SHOWN_OPTIONS = ("precision", "average", "normalise", "modality", "num_head", "gap", "alpha")
+# in bytes, before what is left is told by a digest: file systems take 255
+LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,43 @@ def chosen_split(dataset: PackedDataset, protocol: str | None, split_file: Path 
     return (split_file.stem, split(dataset, "", split_file)) if split_file is not None else None
 
 
+def _by_name(settings: Any) -> Mapping[str, Any]:
+    if isinstance(settings, Mapping):
+        return settings
+    if callable(settings):
+        return {name: parameter.default for name, parameter in inspect.signature(settings).parameters.items()}
+    return asdict(settings)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _spelt(value: Any) -> str:
+    """Write a value as a file name can hold it; what would not fit, or could be read as another value, by a digest."""
+    several = isinstance(value, (list, tuple))
+    parts = [str(part).removesuffix(".0") for part in (value if several else [value])]
+    text = "-".join(parts)
+    plain = not several or not any("-" in part for part in parts)
+    return text if plain and re.fullmatch(r"[\w.+-]{1,60}", text, re.ASCII) else _digest(repr(parts))
+
+
+def changed(settings: Any, usual: Any) -> list[str]:
+    """Name the settings that are not as usual, which tell one folder of results from another.
+
+    Args:
+        settings: By name, or a dataclass of them. Only what changes results.
+        usual: The same as they usually are, or the command whose defaults they are.
+    """
+    given, default = _by_name(settings), _by_name(usual)
+    shown = []
+    for name in (name for name in given if given[name] != default[name]):
+        value, short = given[name], SHORT.get(name, name)
+        # a choice names itself, as does what is switched on
+        shown.append(short if value is True else _spelt(value) if isinstance(value, str) else f"{short}{_spelt(value)}")
+    return shown
+
+
 def _encoder(run: Path, topology: Topology, options: EvaluateOptions) -> tuple[Encoder, ViewSpec, Mapping[str, Any]]:
     """Encoder of views (N, T, M, V, C), its view, and what its checkpoint says; a published file says nothing."""
     unrecorded = {k: getattr(options, k) for k in ("modality", "num_head", "gap", "alpha")}
@@ -121,6 +172,14 @@ def _clips_seen(
         )
     seen = told.get("unlabelled_clips")
     return None if seen is None else np.asarray(seen, np.int64)
+
+
+def _folder_name(parts: Sequence[str], options: EvaluateOptions) -> str:
+    """Name the folder of results after task, data and settings: other settings, other folder."""
+    given = {name: getattr(options, name) for name in SHOWN_OPTIONS}
+    name = "-".join([*parts, *changed(given, EvaluateOptions())])
+    whole = name.encode()
+    return name if len(whole) <= LONGEST_NAME else f"{whole[:LONGEST_NAME].decode(errors='ignore')}-{_digest(name)}"
 
 
 def prepare(
@@ -170,11 +229,7 @@ def prepare(
     elif run.resolve().parent.name == "checkpoints":
         base_run = run.resolve().parents[1]
         base = base_run / f"{run.resolve().name}-results"
-    # other settings, other folder
-    extra: list[str] = [options.precision] if options.precision != "fp32" else []
-    extra += ["average"] if options.average else []
-    extra += [value for value in (options.normalise, options.modality) if value is not None]
-    folder = options.out or base / "-".join([task, parts[0], data.resolve().name, *shown, *extra])
+    folder = options.out or base / _folder_name([task, parts[0], data.resolve().name, *shown], options)
     evaluation = Evaluation(
         encoder, dataset, parts[1], view, protocol=parts[0], run=str(run), cache=base / "features",
         device=choose_device(options.device), precision=options.precision, progress=not options.quiet,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, prepare, warn_if_seen
+from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, changed, prepare, warn_if_seen
 
 __all__ = ["retrieval"]
 
@@ -21,8 +21,8 @@ def retrieval(
     """
     from fastskel.evaluate import evaluate_retrieval
 
-    shown = [f"k{'-'.join(map(str, ks))}"] if ks else []
-    evaluation, folder = prepare("retrieval", run, data, common, [*shown, *(["nomap"] if skip_map else [])])
+    shown = changed({"ks": ks, "skip_map": skip_map}, retrieval)
+    evaluation, folder = prepare("retrieval", run, data, common, shown)
     result = evaluate_retrieval(evaluation, folder, ks=ks or None, mean_average_precision=not skip_map)
     warn_if_seen(result)
     row = [f"top1 {100 * result['top1']:.1f} %"]

@@ -4,64 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, prepare, say, warn_if_seen
+from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, changed, prepare, say, warn_if_seen
+from fastskel.evaluate.finetune import FinetuneConfig
+from fastskel.evaluate.linear import LinearConfig
 
-if TYPE_CHECKING:
-    from fastskel.evaluate import FinetuneConfig, LinearConfig
+__all__ = ["early", "finetune", "transfer"]
 
-__all__ = ["FinetuneOptions", "early", "finetune", "transfer"]
-
-
-@dataclass(frozen=True)
-class FinetuneOptions:
-    """Settings of a fine-tuning; the defaults were chosen on no test set.
-
-    Attributes:
-        epochs: Passes over the training clips.
-        batch_size: Clips per step.
-        optimizer: adamw, or sgd with momentum 0.9.
-        learning_rate: Step size of the linear layer.
-        layer_decay: Factor of the step size for each layer further from the output; 1 for equal steps.
-        weight_decay: Of matrices.
-        warmup_epochs: Epochs over which the step size rises.
-        schedule: cosine falls to zero; step falls tenfold at the milestones.
-        milestones: Epochs of the schedule step.
-        label_smoothing: Share of the target that is spread over all classes.
-        drop_path: DropPath rate in training; by default the encoder's own.
-        frozen_epochs: First epochs that train the linear layer alone.
-        crop: Least share of a clip that a random crop keeps in training; by default whole clips are trained on.
-        seed: Key of every draw.
-    """
-
-    epochs: int = 50
-    batch_size: int = 64
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = 1e-3
-    layer_decay: float = 0.75
-    weight_decay: float = 0.05
-    warmup_epochs: float = 5.0
-    schedule: Literal["cosine", "step"] = "cosine"
-    milestones: tuple[int, ...] = ()
-    label_smoothing: float = 0.1
-    drop_path: float | None = None
-    frozen_epochs: int = 0
-    crop: float | None = None
-    seed: int = 0
+FINETUNE = FinetuneConfig()
 
 
-def _config(options: FinetuneOptions) -> FinetuneConfig:
-    from fastskel.evaluate import FinetuneConfig
-
-    return FinetuneConfig(**vars(options))
+def _shown(settings: FinetuneConfig, fine_tune: bool = True) -> list[str]:
+    """Name the settings of a fine-tuning that are not as usual; without one, of the seed of what is trained instead."""
+    # how often it is saved changes nothing
+    given = replace(settings, save_every=FINETUNE.save_every) if fine_tune else replace(FINETUNE, seed=settings.seed)
+    return changed(given, FINETUNE)
 
 
 def _probe(seed: int) -> LinearConfig:
-    from fastskel.evaluate import LinearConfig
-
     # step size and standardisation are chosen on held-out training clips
     return LinearConfig(learning_rate=None, standardise=None, seed=seed)
 
@@ -70,7 +33,7 @@ def finetune(
     run: Run,
     data: Data,
     resume: bool = False,
-    settings: FinetuneOptions = FinetuneOptions(),
+    settings: FinetuneConfig = FINETUNE,
     common: EvaluateOptions = EvaluateOptions(),
 ) -> None:
     """Train the encoder further with a linear layer, on labels, and classify the test clips.
@@ -84,8 +47,8 @@ def finetune(
     """
     from fastskel.evaluate import evaluate_finetune
 
-    evaluation, folder = prepare("finetune", run, data, common, [f"seed{settings.seed}"] if settings.seed else [])
-    say(evaluate_finetune(evaluation, folder, config=_config(settings), resume=resume), folder)
+    evaluation, folder = prepare("finetune", run, data, common, _shown(settings))
+    say(evaluate_finetune(evaluation, folder, config=settings, resume=resume), folder)
 
 
 def _source(run: Path) -> dict[str, Any]:
@@ -113,7 +76,7 @@ def transfer(
     k: int = 1,
     fine_tune: bool = False,
     resume: bool = False,
-    settings: FinetuneOptions = FinetuneOptions(),
+    settings: FinetuneConfig = FINETUNE,
     common: EvaluateOptions = EvaluateOptions(),
 ) -> None:
     """Try an encoder on a data set of another skeleton, number of bodies or coordinates.
@@ -134,10 +97,8 @@ def transfer(
 
     if trained_on is not None and not run.is_file():
         raise ValueError(f"evaluate: trained_on must be left out, {run} records its skeleton. It is for published files.")
-    shown: list[str] = [plane] if plane is not None else []
-    shown += [f"scale{scale:g}"] if scale is not None else []
-    shown += [f"k{k}"] if k != 1 else []
-    shown += [f"seed{settings.seed}"] if settings.seed else []
+    given = {"trained_on": trained_on, "plane": plane, "scale": scale, "k": k, "fine_tune": fine_tune}
+    shown = [*changed(given, transfer), *_shown(settings, fine_tune)]
     evaluation, folder = prepare("transfer", run, data, common, shown, skeleton=trained_on)
     source = {} if run.is_file() else _source(run)
     if source and "units" not in source:
@@ -148,7 +109,7 @@ def transfer(
         )
     result = evaluate_transfer(
         evaluation, folder, source=source, plane=plane, scale=scale, config=_probe(settings.seed),
-        k=k, finetune_config=_config(settings) if fine_tune else None, resume=resume,
+        k=k, finetune_config=settings if fine_tune else None, resume=resume,
     )  # fmt: skip
     done = result["adaptation"]
     print(f"skeleton {done['skeleton']}, bodies {done['bodies']}, scale {done['scale']:.3g}, upwards {done['up_axis']}")
@@ -170,7 +131,7 @@ def early(
     causal: bool = False,
     fine_tune: bool = False,
     resume: bool = False,
-    settings: FinetuneOptions = FinetuneOptions(),
+    settings: FinetuneConfig = FINETUNE,
     common: EvaluateOptions = EvaluateOptions(),
 ) -> None:
     """Classify clips of which only the first frames were observed.
@@ -189,10 +150,10 @@ def early(
     """
     from fastskel.evaluate import evaluate_early
 
-    chosen = {"causal": causal, "train-full": train_full, "fine-tuned": fine_tune, f"seed{settings.seed}": bool(settings.seed)}
-    evaluation, folder = prepare("early", run, data, common, [name for name, given in chosen.items() if given])
+    given = {"causal": causal, "train_full": train_full, "fine_tune": fine_tune, "ratios": ratios}
+    evaluation, folder = prepare("early", run, data, common, [*changed(given, early), *_shown(settings, fine_tune)])
     result = evaluate_early(
-        evaluation, folder, ratios=ratios, config=_probe(settings.seed), finetune_config=_config(settings) if fine_tune else None,
+        evaluation, folder, ratios=ratios, config=_probe(settings.seed), finetune_config=settings if fine_tune else None,
         train_full=train_full, causal=causal, resume=resume,
     )  # fmt: skip
     for row in result["curve"]:

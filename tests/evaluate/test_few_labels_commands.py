@@ -36,16 +36,32 @@ def out(encoder, dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("linear --solver exact --penalty 0.1 --seed 2", "linear-exact-penalty0.1-seed2", r"top1 100.0 %"),
         (
             "semi --fractions 0.7 1 --sampling balanced --seeds 2 --solver sgd",
-            "semi-balanced-sgd",
+            "semi-fractions0.7-1-balanced-seeds2-sgd",
             "100 % of the labels (9 clips)  top1 100.0 ± 0.0 %  mean_class 100.0 ± 0.0 %\nbalanced parts, 2 seeds",
         ),
-        ("fewshot --ways 2 --episodes 4 --queries 1", "fewshot-2way-1shot", "2-way 1-shot top1 100.0 ± 0.0 %   (95 % interval"),
-        ("fewshot --ways 2 --episodes 1 --classifier logistic --centre", "fewshot-2way-1shot-logistic-centred", "top1 100.0 %"),
-        ("fewshot --ways 2 --episodes 2 --classes sit 2", "fewshot-2way-1shot", "2 classes, 8 test clips"),
+        (
+            "fewshot --ways 2 --episodes 4 --queries 1",
+            "fewshot-2way-1shot-queries1-episodes4",
+            "2-way 1-shot top1 100.0 ± 0.0 %   (95 % interval",
+        ),
+        (
+            "fewshot --ways 2 --episodes 1 --classifier logistic --centre",
+            "fewshot-2way-1shot-episodes1-logistic-centred",
+            "top1 100.0 %",
+        ),
+        ("fewshot --ways 2 --episodes 2 --classes sit 2", "fewshot-2way-1shot-episodes2-classes-sit-2", "2 classes, 8 test"),
         ("oneshot", "oneshot", "top1 100.0 %  mean_class 100.0 %   (3 train, 8 test clips"),
-        ("oneshot --novel sit wave", "oneshot", "(2 train, 6 test clips"),
-        ("cluster --seeds 2", "cluster", "accuracy 100.0 ± 0.0 %  nmi 100.0 ± 0.0 %  ari 100.0 ± 0.0 %   (3 clusters of 8 clips"),
-        ("cluster --part all --num-clusters 2 --raw --seeds 1", "cluster-all-2clusters-raw", "(2 clusters of 17 clips, 1 seeds"),
+        ("oneshot --novel sit wave", "oneshot-novel-sit-wave", "(2 train, 6 test clips"),
+        (
+            "cluster --seeds 2",
+            "cluster-seeds2",
+            "accuracy 100.0 ± 0.0 %  nmi 100.0 ± 0.0 %  ari 100.0 ± 0.0 %   (3 clusters of 8 clips",
+        ),
+        (
+            "cluster --part all --num-clusters 2 --raw --seeds 1",
+            "cluster-all-clusters2-raw-seeds1",
+            "(2 clusters of 17 clips, 1 seeds",
+        ),
     ],
 )  # fmt: skip
 def test_commands(out: Path, capsys, command, folder, printed) -> None:
@@ -62,7 +78,8 @@ def test_zero_shot(out: Path, capsys, dataset) -> None:
     assert main([*command, "--unseen-file", str(out / "unseen.txt")]) == 0
     printed = capsys.readouterr().out
     assert "top1 " in printed and "among all classes  seen " in printed and "harmonic" in printed
-    assert json.loads((out / "zeroshot" / "results.json").read_text())["unseen"] == ["sit", "wave"]
+    folder = out / "zeroshot-words-unseen-sit-wave-penalty0.1"
+    assert json.loads((folder / "results.json").read_text())["unseen"] == ["sit", "wave"]
 
 
 def test_names_from_files(out: Path, capsys) -> None:
@@ -70,7 +87,8 @@ def test_names_from_files(out: Path, capsys) -> None:
     (out / "clips.txt").write_text("clip009\nclip011\n")
     options = ["--novel-file", str(out / "novel.txt"), "--exemplars", str(out / "clips.txt")]
     assert main(["evaluate", "oneshot", "run", "data", *options]) == 0
-    assert json.loads((out / "oneshot" / "results.json").read_text())["exemplars"] == ["clip011", "clip009"]
+    folder = out / "oneshot-novel-kick-sit-exemplars-clip009-clip011"
+    assert json.loads((folder / "results.json").read_text())["exemplars"] == ["clip011", "clip009"]
     (out / "empty.txt").write_text("\n")
     capsys.readouterr()
     for given, message in [

@@ -196,13 +196,13 @@ def test_command_line(runs, capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines[1:4]] == ["joint", "bone", "motion"]
     assert lines[4].split()[:4] == ["fused", "0.50", "0.25", "0.25"]
-    out = folders[0] / "fusion-xsub-data-with-bone-motion-2-1-1"
+    out = folders[0] / "fusion-xsub-data-with-bone-motion-2-1-1-epochs3"
     result = json.loads((out / "results.json").read_text())
     assert result["run"] == paths[:3] and str(out) in lines[5]
     # features of each run are kept in its own folder
     assert [len(list((folder / "features").iterdir())) for folder in folders] == [2, 2, 2]
     assert main(["evaluate", "fusion", *paths, "--protocol", "xsub", "--weights", "auto", "--epochs", "3", "--quiet"]) == 0
-    assert (folders[0] / "fusion-xsub-data-with-bone-motion-auto" / "results.json").is_file()
+    assert (folders[0] / "fusion-xsub-data-with-bone-motion-auto-epochs3" / "results.json").is_file()
 
 
 def test_command_line_refuses(runs, tmp_path, capsys) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,15 +9,16 @@ import pytest
 import torch
 
 from fastskel.cli import main
-from fastskel.cli_evaluate.trained import FinetuneOptions
 from fastskel.data import make_synthetic
 from fastskel.data.convert import convert_dataset
 from fastskel.data.views import eval_view
-from fastskel.evaluate import FinetuneConfig, load_classifier
+from fastskel.evaluate import load_classifier
 from fastskel.models import DSTE
 from fastskel.train.checkpoint import save_checkpoint, weights
 
 QUICK = ["--epochs", "2", "--batch-size", "8", "--warmup-epochs", "0", "--quiet"]
+# as they show in the names of folders
+SHOWN = "epochs2-batch_size8-warmup_epochs0"
 
 
 @pytest.fixture
@@ -43,31 +43,26 @@ def refused(capsys, *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-def test_options_have_the_defaults_of_the_settings() -> None:
-    settings = FinetuneConfig()
-    for field in dataclasses.fields(FinetuneOptions):
-        assert field.default == getattr(settings, field.name), field.name
-
-
 def test_finetune(here, capsys) -> None:
     command = ["evaluate", "finetune", "run", "data", "--protocol", "xsub", *QUICK]
     assert main(command) == 0
     output = capsys.readouterr()
-    assert output.out.startswith("top1 ") and "run/finetune-xsub-data)" in output.out and output.err == ""
-    results = json.loads(Path("run/finetune-xsub-data/results.json").read_text())
+    assert output.out.startswith("top1 ") and f"run/finetune-xsub-data-{SHOWN})" in output.out and output.err == ""
+    folder = f"run/finetune-xsub-data-{SHOWN}"
+    results = json.loads(Path(folder, "results.json").read_text())
     assert results["config"]["epochs"] == 2 and len(results["history"]) == 2
-    assert load_classifier("run/finetune-xsub-data")[2] == results_names(results)
+    assert load_classifier(folder)[2] == results_names(results, folder)
     assert "with a fine-tuning. Resume it" in refused(capsys, *command)
     assert main([*command, "--resume"]) == 0
     # what was fine-tuned is a run for other evaluations
-    assert main(["evaluate", "knn", "run/finetune-xsub-data", "data", "--protocol", "xsub", "--quiet"]) == 0
+    assert main(["evaluate", "knn", folder, "data", "--protocol", "xsub", "--quiet"]) == 0
 
 
 def test_labels_that_a_fine_tuning_saw_are_not_tested(here, capsys) -> None:
     for name, parts in (("one", (range(12), range(12, 24))), ("turned", (range(12, 24), range(12)))):
         Path(f"{name}.json").write_text(json.dumps({"train": list(parts[0]), "test": list(parts[1])}))
     assert main(["evaluate", "finetune", "run", "data", "--split-file", "one.json", *QUICK]) == 0
-    command = ["evaluate", "knn", "run/finetune-one-data", "data", "--quiet", "--split-file"]
+    command = ["evaluate", "knn", f"run/finetune-one-data-{SHOWN}", "data", "--quiet", "--split-file"]
     assert main([*command, "one.json"]) == 0
     assert "must not have seen labels of the test part, got 12 of 12 test clips" in refused(capsys, *command, "turned.json")
 
@@ -80,8 +75,8 @@ def test_what_was_fine_tuned_on_scaled_clips_reads_scaled_clips(here) -> None:
     assert json.loads(Path("neighbours/results.json").read_text())["encoder"] == "AdaptedEncoder"
 
 
-def results_names(results) -> list[str]:
-    rows = Path("run/finetune-xsub-data/confusion.csv").read_text().splitlines()
+def results_names(results, folder: str) -> list[str]:
+    rows = Path(folder, "confusion.csv").read_text().splitlines()
     assert len(rows) == 1 + results["num_classes"]
     return [row.split(",")[0] for row in rows[1:]]
 
@@ -94,7 +89,7 @@ def test_transfer(here, capsys) -> None:
     assert lines[0] == "skeleton kinect-20-utd for ntu-25, bodies 1 for 1, scale 1, upwards y for y"
     assert lines[1].startswith("joints that the data do not have: ")
     assert [line.split()[0] for line in lines[2:5]] == ["knn", "linear", "finetune"]
-    results = json.loads(Path("run/transfer-xsub-other/results.json").read_text())
+    results = json.loads(Path(f"run/transfer-xsub-other-fine-tuned-{SHOWN}/results.json").read_text())
     assert {"knn", "linear", "finetune", "adaptation", "source"} <= set(results)
     error = refused(capsys, "evaluate", "transfer", "run", "other", "--protocol", "xsub", "--trained-on", "ntu-25", "--quiet")
     assert "trained_on must be left out, run records its skeleton" in error
@@ -117,6 +112,6 @@ def test_early(here, capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line[:16] for line in lines[:2]] == ["observed  30.0 %", "observed 100.0 %"] and lines[2].startswith("area ")
     assert main([*command, "--causal", "--fine-tune", *QUICK]) == 0
-    results = json.loads(Path("run/early-xsub-data-causal-fine-tuned/results.json").read_text())
+    results = json.loads(Path(f"run/early-xsub-data-causal-fine-tuned-ratios0.3-1-{SHOWN}/results.json").read_text())
     assert (results["scheme"], [row["ratio"] for row in results["curve"]]) == ("causal", [0.3, 1.0])
     assert "train_full must be False with causal" in refused(capsys, *command, "--causal", "--train-full", "--quiet")
