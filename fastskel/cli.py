@@ -243,8 +243,16 @@ def _overview(prog: str, kind: str, choices: Mapping[str, Command]) -> str:
     return "\n".join([f"usage: {prog} {kind} ...", "", *lines, "", f"{prog} {kind} --help says more{more}."])
 
 
-def _run(arguments: Sequence[str]) -> None:
-    """Find the command that the first one or two arguments name, and run it with the rest."""
+def _run(arguments: Sequence[str]) -> int:
+    """Find the command that the first one or two arguments name, and run it with the rest; return its exit status."""
+    if arguments[0] in ("-h", "--help"):
+        print(ABOUT)
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(PROG, version(PROG))
+        return 0
     prog, rest = f"{PROG} {arguments[0]}", list(arguments[1:])
     command = _choose(PROG, "COMMAND", COMMANDS, arguments[0])
     if isinstance(command, tuple):
@@ -253,15 +261,20 @@ def _run(arguments: Sequence[str]) -> None:
             rest = ["quick"]
         if rest and rest[0] in ("-h", "--help"):
             print(_overview(prog, kind, choices))
-            return
+            return 0
         if arguments[0] == "pack" and rest[:1] == ["--list-formats"]:
             print(list_formats())
-            return
+            return 0
         command = _choose(prog, kind, choices, rest[0] if rest else None)
         prog, rest = f"{prog} {rest[0]}", rest[1:]
     # flags without a --no- twin, options without a spelt None
     config = (OmitArgPrefixes, FlagCreatePairsOff, DisallowNone)
-    tyro.cli(command, prog=prog, args=rest, config=config)
+    try:
+        tyro.cli(command, prog=prog, args=rest, config=config)
+    except SystemExit as asked:
+        # tyro has printed its help, or what is wrong with the options; or a check has found something
+        return int(asked.code or 0)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -269,22 +282,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 1 if a check found something; 2 after an error that a user can mend, in one line on standard error; 3 if a
-        training stopped; 75 if a signal asked a training to stop and it was saved; 130 after Ctrl-C.
+        training stopped; 75 if a signal asked a training to stop and it was saved; 130 after Ctrl-C; 141 if nobody
+        reads the output any more, as after `| head`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(ABOUT, file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        print(PROG, version(PROG))
-        return 0
+    if not arguments:
+        print(ABOUT, file=sys.stderr)
+        return 2
     try:
-        _run(arguments)
-    except SystemExit as asked:
-        # tyro has printed its help, or what is wrong with the options; or a check has found something
-        return int(asked.code or 0)
+        status = _run(arguments)
+        # here, where a closed pipe can be told from a failure, and not when Python ends
+        print(end="", flush=True)
+    except BrokenPipeError:
+        # what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # 128 + SIGPIPE, as of a program that the signal ends
+        return 141
     except (ValueError, OSError) as error:
         # one line, whatever a library's message holds
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
@@ -301,4 +314,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = "; it goes on with --resume" if arguments[0] == "pretrain" else f"; {stop}" if str(stop) else ""
         print(f"interrupted{again}", file=sys.stderr)
         return 130
-    return 0
+    return status

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -330,6 +332,19 @@ def test_python_m_fastskel(tmp_path) -> None:
     )
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr.startswith("error: open_dataset") and done.stderr.count("\n") == 1
+
+
+# with -u it is a print that fails, without what flushes the buffer
+@pytest.mark.parametrize("command", ["-m fastskel --version", "-m fastskel check --help", "-u -m fastskel info data"])
+def test_a_reader_that_stops_reading_is_no_error(tmp_path, command) -> None:
+    make_synthetic(tmp_path / "data", num_clips=4)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as closed:
+        done = subprocess.run(
+            [sys.executable, *command.split()], cwd=tmp_path, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_what_a_published_file_does_not_record_can_be_given(here, capsys) -> None:

@@ -66,9 +66,9 @@ class FinetuneConfig:
         milestones: Epochs, counted from 0, of the schedule "step".
         decay: Factor of a milestone.
         label_smoothing: Share of the target that is spread over all classes.
-        drop_path: DropPath rate of the encoder while it is trained; None keeps its own.
+        drop_path: DropPath rate of the encoder while it is trained; by default its own.
         frozen_epochs: First epochs, in which only the linear layer is trained.
-        crop: Least share of a clip that a random temporal crop keeps in training; None trains on the evaluation view.
+        crop: Least share of a clip that a random temporal crop keeps in training; by default it trains on the evaluation view.
         evaluate_every: Epochs between two readings of the test accuracy, for the record; the last is always read.
         save_every: Epochs between two checkpoints; the last is always saved.
         seed: Key of every draw.
