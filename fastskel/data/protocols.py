@@ -227,20 +227,16 @@ def semi(
     labels: NDArray[np.int64],
     fraction: float,
     seed: int,
-    *,
-    balanced: bool = False,
 ) -> NDArray[np.int64]:
-    """Choose the labelled part of the training clips for semi-supervised evaluation.
+    """Choose the labelled part of the training clips for semi-supervised evaluation, as the reference does.
 
     Args:
-        train: Training clips, (k,); those labelled -1 are left out first, whatever `balanced` says.
+        train: Training clips, (k,); those labelled -1 are left out first.
         labels: Class of every clip of the data set, (n,), -1 where unknown.
         fraction: Part to keep, in (0, 1].
         seed: Seed of the permutation.
-        balanced: Keep the fraction of every class, at least one clip of each; otherwise the first int(k * fraction)
-            of a permutation of the k labelled clips whatever their classes, as the reference does.
     Returns:
-        Chosen clips, ascending, (l,).
+        The first int(k * fraction) clips of a permutation of the k labelled ones, whatever their classes, ascending, (l,).
     Raises:
         ValueError: If the fraction is out of range or leaves nothing.
     """
@@ -249,17 +245,12 @@ def semi(
     if not 0 < fraction <= 1:
         raise ValueError(f"semi: fraction must be in (0, 1], got {fraction}. Choose another.")
     train = train[labels[train] != -1]
-    order = train[permutation(seed, 0, len(train), Use.SUBSET)] if len(train) else train
-    if balanced:
-        parts = [order[labels[order] == label] for label in np.unique(labels[train])]
-        chosen = np.concatenate([part[: max(1, int(len(part) * fraction))] for part in parts] or [order])
-    else:
-        chosen = order[: int(len(order) * fraction)]
-    if len(chosen) == 0:
+    count = int(len(train) * fraction)
+    if count == 0:
         raise ValueError(
             f"semi: fraction must leave at least one of {len(train)} clips with a label, got {fraction}. Raise it."
         )
-    return np.sort(chosen)
+    return np.sort(train[permutation(seed, 0, len(train), Use.SUBSET)[:count]])
 
 
 def holdout(

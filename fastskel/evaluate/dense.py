@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fastskel.data.packed import PackedDataset
 from fastskel.data.protocols import Split
 from fastskel.evaluate.detection_metrics import Segments
-from fastskel.evaluate.evaluation import Evaluation
+from fastskel.evaluate.evaluation import Evaluation, names_of
 from fastskel.evaluate.frame_heads import FrameHeadConfig, frame_probabilities, train_frame_head
 from fastskel.evaluate.segmentation_metrics import label_runs
 from fastskel.evaluate.windows import Windows, frame_features
@@ -86,7 +86,7 @@ def dense_classes(dataset: PackedDataset, task: str) -> list[str]:
     """
     if dataset.segments is None or not len(dataset.segments):
         raise ValueError(f"{task}: the data set must have segments, got none in {dataset.path}. Pack it with its label files.")
-    return dataset.class_names or [f"class {number}" for number in range(int(dataset.segments[:, 1].max()) + 1)]
+    return names_of(dataset, dataset.segments[:, 1])
 
 
 def true_segments(

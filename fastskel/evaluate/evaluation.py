@@ -27,6 +27,11 @@ from fastskel.registry import Registry
 __all__ = ["TASKS", "Evaluation", "Task"]
 
 
+def names_of(dataset: PackedDataset, labels: NDArray[Any]) -> list[str]:
+    """Names of the K classes that labels (N,) are of; their numbers where the data set does not name them."""
+    return dataset.class_names or [f"class {number}" for number in range(int(np.max(labels, initial=-1)) + 1)]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """An encoder, the clips it is tried on, and how its features are computed.
@@ -64,8 +69,7 @@ class Evaluation:
     @property
     def class_names(self) -> list[str]:
         """Names of the K classes; their numbers where the data set does not name them."""
-        count = int(np.max(self.dataset.labels, initial=-1)) + 1
-        return self.dataset.class_names or [f"class {number}" for number in range(count)]
+        return names_of(self.dataset, self.dataset.labels)
 
     @property
     def encoder_name(self) -> str:

@@ -13,8 +13,12 @@ from typing_extensions import Self
 
 from fastskel.data.batch import View
 from fastskel.registry import Registry
+from fastskel.skeleton import STREAMS
 
-__all__ = ["ENCODERS", "Encoder", "Features"]
+__all__ = ["ENCODERS", "MODES", "Encoder", "Features"]
+
+# of an encoder of several modalities: each alone, and all in one
+MODES = (*STREAMS, "fused")
 
 
 @dataclass(frozen=True)

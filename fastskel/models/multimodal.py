@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastskel.data.batch import View
 from fastskel.models.backbone import USDRLBackbone, tokens
 from fastskel.models.dste import DSTE
-from fastskel.models.encoder import ENCODERS, Features
+from fastskel.models.encoder import ENCODERS, MODES, Features
 from fastskel.models.sttr import STTR
 from fastskel.nn.attention import AttentionBackend
 from fastskel.nn.embed import SkeletonEmbedding
@@ -21,10 +21,9 @@ from fastskel.nn.init import initialise
 from fastskel.nn.precision import without_autocast
 from fastskel.skeleton import STREAMS, Topology
 
-__all__ = ["MODES", "FrozenFusion", "Fusion", "MultimodalBackbone", "MultimodalDSTE", "MultimodalSTTR", "modality"]
+__all__ = ["FrozenFusion", "Fusion", "MultimodalBackbone", "MultimodalDSTE", "MultimodalSTTR", "modality"]
 
 Mode = Literal["joint", "bone", "motion", "fused"]
-MODES = (*STREAMS, "fused")
 
 
 @functools.lru_cache(maxsize=64)

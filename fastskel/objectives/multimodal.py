@@ -7,22 +7,20 @@ from typing import Literal
 
 from fastskel.data.batch import View
 from fastskel.data.views import ViewSpec
-from fastskel.models.encoder import Encoder, Features
+from fastskel.models.encoder import MODES, Encoder, Features
 from fastskel.nn.init import Init
 from fastskel.objectives.mgfd import MGFD
 from fastskel.objectives.objective import OBJECTIVES
 
-__all__ = ["MODES", "MultimodalMGFD"]
-
-# of the views, in their order: the last is the anchor
-MODES = ("joint", "bone", "motion", "fused")
+__all__ = ["MultimodalMGFD"]
 
 
 class MultimodalMGFD(MGFD):
     """Multi-grained feature decorrelation between the modalities of views of the same clip.
 
-    View 0 is encoded as joints, view 1 as bones, view 2 as motion, and view 3, the anchor, as all three fused. The loss is that
-    of `MGFD`, in the same three domains, through the same three projectors, which all views share as they do there.
+    View 0 is encoded as joints, view 1 as bones, view 2 as motion, and view 3, the anchor, as all three fused: the order of
+    `MODES`. The loss is that of `MGFD`, in the same three domains, through the same three projectors, which all views share as
+    they do there.
 
     Args:
         encoder: Encoder with the modes "joint", "bone", "motion" and "fused", and with temporal and spatial features.

@@ -14,7 +14,8 @@ from fastskel.data.batch import Batch, View, concat_views
 from fastskel.data.views import eval_view
 from fastskel.models import DSTE, STTR, Encoder, Features, MultimodalDSTE, MultimodalSTTR
 from fastskel.models.backbone import tokens
-from fastskel.models.multimodal import MODES, modality
+from fastskel.models.encoder import MODES
+from fastskel.models.multimodal import modality
 from fastskel.skeleton import stream, topology
 
 PAIRS = [(MultimodalDSTE, DSTE), (MultimodalSTTR, STTR)]
