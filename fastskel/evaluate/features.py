@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fastskel.atomic import atomic_write
 from fastskel.data.batch import Batch
 from fastskel.data.identity import dataset_identity
 from fastskel.data.loader import Loader
 from fastskel.data.packed import PackedDataset
 from fastskel.data.views import ViewSpec
+from fastskel.evaluate.feature_cache import read_features, write_features
 from fastskel.models.encoder import Encoder
 
 __all__ = ["FeatureSet", "dataset_features", "feature_key", "raw_features"]
@@ -168,45 +167,6 @@ def frozen(encoder: Encoder, device: torch.device | str) -> Iterator[None]:
             module.training = training
 
 
-def _read_cache(path: Path, key: str, indices: NDArray[np.int64]) -> Tensor | None:
-    """Features of a cache file, (N, F), or None with a warning if the file is not what it should be."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as archive:
-            meta = archive.metadata() or {}
-            if meta.get("key") != key:
-                reason = "it was made with other weights, data or settings"
-            else:
-                features: Tensor = archive.get_tensor("features")
-                index: Tensor = archive.get_tensor("index")
-                if np.array_equal(index.numpy(), indices) and meta.get("sha256") == _content(features):
-                    return features
-                reason = "its content does not match its checksum"
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = f"it could not be read ({error})"
-    warnings.warn(f"dataset_features: the features cached in {path} are computed again: {reason}.", stacklevel=3)
-    return None
-
-
-def _content(features: Tensor) -> str:
-    return hashlib.sha256(f"{tuple(features.shape)}".encode() + features.contiguous().numpy().tobytes()).hexdigest()
-
-
-def _write_cache(path: Path, key: str, result: FeatureSet) -> None:
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as scratch:
-        save_file(
-            {"features": result.features.contiguous(), "index": result.index.contiguous()},
-            scratch,
-            metadata={"key": key, "sha256": _content(result.features)},
-        )
-
-
 def dataset_features(
     encoder: Encoder,
     dataset: PackedDataset,
@@ -254,7 +214,7 @@ def dataset_features(
     if cache is not None:
         key = feature_key(encoder, dataset, view_spec, chosen, device=device, precision=precision)
         path = Path(cache) / f"{cache_key or 'features-' + key[:16]}.safetensors"
-        features = _read_cache(path, key, chosen)
+        features = read_features("dataset_features", path, key)
         if features is not None:
             return FeatureSet(features, labels_of(dataset, chosen), torch.from_numpy(chosen))
     parts: list[Tensor] = []
@@ -272,7 +232,7 @@ def dataset_features(
             order.append(batch.index)
     result = _gather("dataset_features", dataset, chosen, parts, order)
     if path is not None:
-        _write_cache(path, key, result)
+        write_features(path, key, result.features)
     return result
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,13 +27,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fastskel.atomic import atomic_write
 from fastskel.data.batch import View
 from fastskel.data.normalise import normalise
 from fastskel.data.packed import PackedDataset
 from fastskel.data.resize import crop_resize
 from fastskel.data.views import CenterCrop, ViewSpec
 from fastskel.evaluate.evaluation import Evaluation
+from fastskel.evaluate.feature_cache import read_features, write_features
 from fastskel.evaluate.features import checked_indices, feature_key
 from fastskel.models.encoder import Encoder
 from fastskel.skeleton import stream
@@ -42,7 +41,7 @@ from fastskel.skeleton import stream
 __all__ = ["Windows", "frame_features", "window_starts", "window_view"]
 
 # part of every key of a cached file: raise it when the meaning of one changes
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -153,37 +152,6 @@ def _features_of(
     return total / weight
 
 
-def _read(path: Path, key: str, num_frames: int) -> Tensor | None:
-    """Cached features of a recording, (T, D), mapped; None, with a warning, if the file is not what it should be."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as archive:
-            meta = archive.metadata() or {}
-            features: Tensor = archive.get_tensor("features")
-            if meta.get("key") == key and len(features) == num_frames and meta.get("sha256") == _content(features):
-                return features
-            reason = "it is of other content"
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = f"it could not be read ({error})"
-    warnings.warn(f"frame_features: the features cached in {path} are computed again: {reason}.", stacklevel=3)
-    return None
-
-
-def _content(features: Tensor) -> str:
-    return hashlib.sha256(features.numpy().data).hexdigest()
-
-
-def _write(path: Path, key: str, features: Tensor) -> None:
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as scratch:
-        save_file({"features": features}, scratch, metadata={"key": key, "sha256": _content(features)})
-
-
 def _check_view(spec: ViewSpec, dataset: PackedDataset) -> None:
     spec.check(dataset)
     if spec.transforms or spec.crop != CenterCrop():
@@ -233,7 +201,7 @@ def frame_features(
     for number in tqdm(chosen.tolist(), desc="frame features", unit="recording", disable=not evaluation.progress, leave=False):
         key = hashlib.sha256(f"v{CACHE_VERSION};{base};{windows!r};{number}".encode()).hexdigest()
         path = Path(cache) / f"frames-{key[:16]}.safetensors" if cache is not None and encoder is not None else None
-        features = None if path is None else _read(path, key, int(dataset.num_frames[number]))
+        features = None if path is None else read_features("frame_features", path, key)
         if features is None:
             features = _features_of(encoder, evaluation, number, windows, task)
             bad = (~torch.isfinite(features)).any(1).nonzero()
@@ -243,9 +211,9 @@ def frame_features(
                     f"({dataset.names[number]}) of {dataset.path}. Check the encoder's weights and the coordinates."
                 )
             if path is not None:
-                _write(path, key, features)
+                write_features(path, key, features)
                 # mapped from now on: recordings of a large set do not fit into memory together
-                mapped = _read(path, key, len(features))
+                mapped = read_features("frame_features", path, key)
                 features = features if mapped is None else mapped
         found.append(features)
     return found

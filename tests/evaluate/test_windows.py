@@ -244,7 +244,7 @@ def test_a_damaged_cache_is_computed_again(tmp_path: Path) -> None:
     first = [features.clone() for features in frame_features(cached, every(dataset))]
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
-    for damaged, reason in ((whole[:-5], "could not be read"), (whole[:-1] + bytes([whole[-1] ^ 1]), "other content")):
+    for damaged, reason in ((whole[:-5], "could not be read"), (whole[:-1] + bytes([whole[-1] ^ 1]), "not match its checksum")):
         path.write_bytes(damaged)
         with pytest.warns(UserWarning, match=reason):
             again = frame_features(cached, every(dataset))
