@@ -311,7 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # sysexits.h calls 75 a temporary failure: try again
         return 75 if isinstance(error, Preempted) else 3
     except KeyboardInterrupt as stop:
-        again = "; it goes on with --resume" if arguments[0] == "pretrain" else f"; {stop}" if str(stop) else ""
+        resumes = arguments[0] == "pretrain" or arguments[:2] == ["evaluate", "finetune"] or "--fine-tune" in arguments
+        again = "; it goes on with --resume" if resumes else f"; {stop}" if str(stop) else ""
         print(f"interrupted{again}", file=sys.stderr)
         return 130
     return status

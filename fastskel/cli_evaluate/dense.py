@@ -83,6 +83,7 @@ def detect(
     print("IoU   " + "  ".join(f"{threshold:>5}" for threshold in result["thresholds"]))
     for title, name in (("action", "map_action"), ("video", "map_video")):
         print(f"{title:<6}" + "  ".join(f"{100 * row[name]:5.1f}" for row in result["thresholds"].values()) + "  mAP, %")
+    print("at an IoU of 0.5:")
     _say(result, folder, ("map_action", "map_video", "f1"))
 
 

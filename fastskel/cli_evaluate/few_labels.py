@@ -58,7 +58,10 @@ def semi(
     result = evaluate_semi(evaluation, folder, fractions=fractions, sampling=sampling, seeds=seeds, config=config)
     warn_if_seen(result)
     for row in result["fractions"]:
-        head = f"{100 * row['fraction']:g} % of the labels ({row['num_labels']} clips)"
+        # a balanced part has one clip of each class at least, which may be more than was asked for
+        asked, known = int(result["num_train"] * row["fraction"]), row["num_labels"]
+        filled = f", {100 * known / result['num_train']:.1f} %: one of each class" if known > asked else ""
+        head = f"{100 * row['fraction']:g} % of the labels ({known} clips{filled})"
         print(f"{head}  top1 {_spread(row['top1'])}  mean_class {_spread(row['mean_class'])}")
     print(f"{sampling} parts, {seeds} seeds   ({result['num_train']} train, {result['num_test']} test clips; {folder})")
 
@@ -171,6 +174,7 @@ def zeroshot(
     evaluation, folder = prepare("zeroshot", run, data, common, shown)
     result = evaluate_zeroshot(evaluation, folder, embeddings=embeddings, unseen=hidden, penalty=penalty, seed=seed)
     say(result, folder, ("top1", "mean_class"))
+    print(f"among the {len(result['unseen'])} unseen classes; by chance {100 / len(result['unseen']):.1f} %")
     told = {name: value for name, value in result["generalised"].items() if value is not None}
     print("among all classes  " + "  ".join(f"{name} {100 * value:.1f} %" for name, value in told.items()))
 

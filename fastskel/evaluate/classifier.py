@@ -184,7 +184,9 @@ class ClassifierStore:
         if last is None:
             return []
         if not resume:
-            raise ValueError(f"finetune: out must be new, got {self.folder} with a fine-tuning. Resume it, or choose another.")
+            raise ValueError(
+                f"finetune: out must be new, got {self.folder} with a fine-tuning. Resume it (--resume), or choose another."
+            )
         checkpoint = read_checkpoint(last)
         before, now = checkpoint.state.get("identity", {}), self.told["identity"]
         changed = [name for name in now if name != "config" and before.get(name) != now[name]]

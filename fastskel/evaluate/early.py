@@ -245,7 +245,7 @@ def evaluate_early(
     """
     ratios = [float(ratio) for ratio in ratios]
     if not ratios or ratios != sorted(set(ratios)) or not 0 < ratios[0] <= ratios[-1] <= 1:
-        raise ValueError(f"evaluate_early: ratios must be ascending in (0, 1], got {ratios}. Sort them.")
+        raise ValueError(f"evaluate_early: ratios must be ascending in (0, 1], got {ratios}. Pass such as 0.1 0.5 1.")
     if causal and train_full:
         raise ValueError("evaluate_early: train_full must be False with causal, got True: it is always so. Leave it out.")
     if causal and evaluation.view.stream == "motion":

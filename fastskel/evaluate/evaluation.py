@@ -83,7 +83,7 @@ class Evaluation:
             ValueError: If there are none, a clip is in both parts, or the encoder was made for another skeleton, number of
                 bodies or channels.
         """
-        self._check_fit()
+        self.check_fit()
         shared = np.intersect1d(self.split.train, self.split.test)
         if shared.size:
             raise ValueError(
@@ -99,7 +99,12 @@ class Evaluation:
             )
         return known
 
-    def _check_fit(self) -> None:
+    def check_fit(self) -> None:
+        """Compare the encoder with the clips (T, M, V, C).
+
+        Raises:
+            ValueError: If it was made for another skeleton, number of bodies or channels.
+        """
         wanted, dataset = self.encoder.shape if self.encoder is not None else None, self.dataset
         pairs: list[tuple[str, object, object]] = [("skeleton", self.view.topology, dataset.topology.name)]
         if wanted is not None:
@@ -108,7 +113,7 @@ class Evaluation:
         if misfits:
             raise ValueError(
                 f"evaluate: the encoder must be made for clips like those of {dataset.path}, got {', '.join(misfits)}. "
-                "Use evaluate transfer, which adapts them."
+                "Use evaluate transfer, which adapts them, or convert the data (fastskel convert)."
             )
 
     def features_of(self, indices: NDArray[np.int64]) -> FeatureSet:

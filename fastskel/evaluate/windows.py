@@ -178,13 +178,14 @@ def frame_features(
     Returns:
         Features of each recording, (T, D), float32, on the host.
     Raises:
-        ValueError: On a view with crop or transforms, an encoder without frame features, recordings that are not of the
-            data set, or a feature that is not finite, naming recording and frame.
+        ValueError: On a view with crop or transforms, an encoder of another skeleton or without frame features, recordings
+            that are not of the data set, or a feature that is not finite, naming recording and frame.
     """
     from tqdm import tqdm
 
     windows, dataset = windows or Windows(), evaluation.dataset
     chosen = checked_indices("frame_features", dataset, recordings)
+    evaluation.check_fit()
     _check_view(evaluation.view, dataset)
     if windows.spatial and evaluation.encoder is None:
         raise ValueError("frame_features: windows.spatial must be false for raw coordinates, got true. Leave it out.")

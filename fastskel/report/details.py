@@ -178,6 +178,7 @@ def details(result: Result, datasets: Mapping[str, PackedDataset], motions: Moti
     seen = values.get("test_clips_trained_on")
     warning = f"{seen} of {values.get('num_test')} test clips were trained on, without their labels." if seen else None
     return element(
-        "section", element("h3", f"{result.task}: {values.get('encoder', '')}"), element("p", str(result.path), class_="path"),
-        element("p", element("strong", warning)) if warning else None, *content, origin, id=anchor,
+        "section", element("h3", f"{result.task}: {result.encoder}, {result.data}"),
+        element("p", str(result.path), class_="path"), element("p", element("strong", warning)) if warning else None, *content,
+        origin, id=anchor,
     )  # fmt: skip

@@ -52,6 +52,18 @@ class Result:
         return told if isinstance(told, dict) else {}
 
     @property
+    def encoder(self) -> str:
+        """What the features come from; of a fusion, of each run."""
+        told = self.values.get("encoder") or ""
+        return " + ".join(map(str, told)) if isinstance(told, list) else str(told)
+
+    @property
+    def data(self) -> str:
+        """Data set and protocol, in words."""
+        source = self.dataset.get("source") or self.dataset.get("path") or "unknown data"
+        return f"{source}, {self.values.get('protocol') or 'no protocol'}"
+
+    @property
     def identity(self) -> str | None:
         """Digest of its data set."""
         told = self.dataset.get("sha256")

@@ -103,11 +103,9 @@ def _overview_row(result: Result, anchor: str | None) -> list[str]:
     values, found = result.values, figures(result.values) or row_figures(result.values)
     main = main_figure(found)
     further = [figure for figure in found if figure is not main][:MAX_FURTHER]
-    source = result.dataset.get("source") or result.dataset.get("path") or "unknown data"
-    data = f"{source}, {values.get('protocol') or 'no protocol'}"
     clips = f"{values.get('num_train', '?')} / {values.get('num_test', '?')}"
     return [
-        result.task if anchor is None else element("a", result.task, href=f"#{anchor}"), str(values.get("encoder", "")), data,
+        result.task if anchor is None else element("a", result.task, href=f"#{anchor}"), result.encoder, result.data,
         "none" if main is None else f"{main.name} {main.text}",
         join([f"{figure.name} {figure.text}" for figure in further], ", "), clips, str(result.path),
     ]  # fmt: skip

@@ -212,6 +212,24 @@ def test_refused_settings() -> None:
         temporal_nms(none, 1)
 
 
+def test_names_units_and_the_scale_of_scores_do_not_matter() -> None:
+    draw = np.random.default_rng(4)
+    truth, proposals = random_segments(draw, 40, 3, 4), random_segments(draw, 90, 3, 4)
+    first = detection_metrics(Segments.of(truth), Segments.of(proposals), 3, 4)
+    classes, recordings = np.array([2, 0, 1]), np.array([3, 1, 0, 2])
+
+    def renamed(rows):
+        # frames of half the length, counted from elsewhere: powers of two, so that no overlap is rounded otherwise
+        moved = np.column_stack([recordings[rows[:, 0].astype(int)], classes[rows[:, 1].astype(int)], 2 * rows[:, 2:4] + 64])
+        # of scores only their order counts
+        return Segments.of(np.column_stack([moved, 0.5 + rows[:, 4] ** 3]))
+
+    again = detection_metrics(renamed(truth), renamed(proposals), 3, 4)
+    for name, row in first.items():
+        np.testing.assert_allclose([row[k] for k in NAMES], [again[name][k] for k in NAMES], atol=1e-13)
+        np.testing.assert_allclose(row["per_class"], np.array(again[name]["per_class"])[classes], atol=1e-13)
+
+
 def test_suppression() -> None:
     rows = [[0, 0, 0, 10, 0.5], [0, 0, 1, 10, 0.9], [0, 0, 8, 30, 0.4], [0, 1, 0, 10, 0.1], [1, 0, 0, 10, 0.1]]
     rows.append(rows[1])

@@ -40,6 +40,11 @@ def out(encoder, dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
             "100 % of the labels (9 clips)  top1 100.0 ± 0.0 %  mean_class 100.0 ± 0.0 %\nbalanced parts, 2 seeds",
         ),
         (
+            "semi --fractions 0.1 --sampling balanced --seeds 1",
+            "semi-fractions0.1-balanced-seeds1",
+            "10 % of the labels (3 clips, 33.3 %: one of each class)  top1 100.0 %",
+        ),
+        (
             "fewshot --ways 2 --episodes 4 --queries 1",
             "fewshot-2way-1shot-queries1-episodes4",
             "2-way 1-shot top1 100.0 ± 0.0 %   (95 % interval",
@@ -78,6 +83,7 @@ def test_zero_shot(out: Path, capsys, dataset) -> None:
     assert main([*command, "--unseen-file", str(out / "unseen.txt")]) == 0
     printed = capsys.readouterr().out
     assert "top1 " in printed and "among all classes  seen " in printed and "harmonic" in printed
+    assert "among the 2 unseen classes; by chance 50.0 %" in printed
     folder = out / "zeroshot-words-unseen-sit-wave-penalty0.1"
     assert json.loads((folder / "results.json").read_text())["unseen"] == ["sit", "wave"]
 

@@ -31,6 +31,27 @@ def test_equal_to_scikit_learn(num: int, num_classes: int) -> None:
     assert mean_class_accuracy(confusion) == pytest.approx(recall, abs=1e-15)
 
 
+def test_order_of_samples_and_numbers_of_classes_do_not_matter() -> None:
+    draw = torch.Generator().manual_seed(0)
+    labels, scores = torch.randint(0, 6, (200,), generator=draw), torch.rand(200, 6, generator=draw)
+    # a third of the samples are right
+    scores[::3] += 2 * torch.nn.functional.one_hot(labels[::3], 6)
+
+    def measures(scores: torch.Tensor, labels: torch.Tensor) -> list[float]:
+        predictions = scores.argmax(1)
+        mean_class = mean_class_accuracy(confusion_matrix(labels, predictions, 6))
+        return [accuracy(predictions, labels), mean_class, *(top_k_accuracy(scores, labels, k) for k in (1, 2, 5))]
+
+    order, numbers = torch.randperm(200, generator=draw), torch.randperm(6, generator=draw)
+    renamed = torch.empty_like(scores)
+    renamed[:, numbers] = scores
+    expected = measures(scores, labels)
+    # means over classes are added in another order
+    assert measures(scores[order], labels[order]) == pytest.approx(expected, abs=1e-14)
+    assert measures(renamed, numbers[labels]) == pytest.approx(expected, abs=1e-14)
+    assert measures(torch.nn.functional.one_hot(labels, 6).float(), labels) == [1.0] * 5
+
+
 def test_mean_class_is_balanced_accuracy() -> None:
     labels, scores = _draw(200, 5, seed=3)
     predictions = scores.argmax(1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastskel import evaluate
 from fastskel.cli import main
 from fastskel.data import make_synthetic
 from fastskel.data.convert import convert_dataset
@@ -56,6 +57,23 @@ def test_finetune(here, capsys) -> None:
     assert main([*command, "--resume"]) == 0
     # what was fine-tuned is a run for other evaluations
     assert main(["evaluate", "knn", folder, "data", "--protocol", "xsub", "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(
+    "task, more, how",
+    [
+        ("finetune", [], "; it goes on with --resume"),
+        ("transfer", ["--fine-tune"], "; it goes on with --resume"),
+        ("early", [], ""),
+    ],
+)
+def test_an_interrupted_fine_tuning_says_how_to_go_on(here, capsys, monkeypatch, task, more, how) -> None:
+    def stop(*given, **options) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, f"evaluate_{task}", stop)
+    assert main(["evaluate", task, "run", "data", "--protocol", "xsub", "--quiet", *more]) == 130
+    assert capsys.readouterr().err == f"interrupted{how}\n"
 
 
 def test_labels_that_a_fine_tuning_saw_are_not_tested(here, capsys) -> None:

@@ -83,6 +83,14 @@ def test_page_is_self_contained_and_accessible(run: Path, read) -> None:
         assert len(widths) == 1, table.text
 
 
+def test_a_result_says_what_it_is_of(run: Path, read, write_result) -> None:
+    write_result("fusion", encoder=["DSTE", "STTR"], top1=0.5)
+    root, _, _ = make(run, read)
+    headings = [heading.text for heading in root.all("h3")]
+    assert "fusion: DSTE + STTR, custom, xsub" in headings
+    assert "DSTE + STTR" in [cell.text for cell in root.by_id("results").all("td")]
+
+
 def test_hostile_names_stay_text(run: Path, read, write_result) -> None:
     write_result(
         "<b>task</b>",
