@@ -50,6 +50,7 @@ STAGES = {
     "compiled": "training steps beside the compiled reference",
     "compiled-max": "the same, compiled with max-autotune",
     "kernels-compiled": "each kernel beside its compiled reference",
+    "search": "exact nearest neighbours by the kernel beside the search without it, and torch's products and topk",
 }
 # the sources that this module lies in; an installed wheel has neither tests nor benchmarks to collect
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -179,6 +180,14 @@ def parts_of(stage: str, dry: bool, work: Path) -> list[Part]:
         ]
     if stage == "sanitize":
         return [sanitizer(tool, STAGE_S // 2) for tool in ("memcheck", "racecheck")[: 1 if dry else None]]
+    if stage == "search":
+        # features take seconds to make
+        some = ["--providers", "fastskel fp32", "--rounds", "1"] if dry else ["--rounds", "10", "--limit-s", "20"]
+        cases = [(features, k) for features in ("fp32", "bf16") for k in ("1", "5", "20")][: 1 if dry else None]
+        return [
+            module("retrieval", f"search-{features}-k{k}", STAGE_S // len(cases), *on, *some, "--features", features, "--k", k)
+            for features, k in cases
+        ]
     if stage == "kernels-compiled":
         # on a CPU the same as "kernels"
         return [] if dry else [kernels("kernels-compiled", STAGE_S, "compiled or triton")]

@@ -1,12 +1,14 @@
 """Exact nearest neighbours against the matrix product alone and against scikit-learn's brute force.
 
     python -m fastskel.bench.retrieval [--out FILE.jsonl] [--queries B] [--rows N] [--width F] [--k k] [--data crowded|gaussian]
+                                       [--device cuda] [--features bf16]
 
 Features are made up: `crowded` ones lie in a narrow cone in 60 classes, as those after a ReLU do, `gaussian` ones have no
 structure. Before anything is timed, neighbours of a sample of queries must be those of a plain float64 search. `product` is the
-fp32 product of all queries with all rows, block by block into one buffer: it finds nothing. Providers take turns in one process;
+product of all queries with all rows, block by block into one buffer: it finds nothing. Providers take turns in one process;
 memory is measured in a process for each, and is what the search adds to features and libraries. `same` is the share of the
-sample's neighbours that are the exact ones: scikit-learn computes distances in float32.
+sample's neighbours that are the exact ones: scikit-learn computes distances in float32. On a GPU, where features lie on it and
+memory is what torch allocates there, `torch` is what one would write: unit rows in the features' type, products in blocks, topk.
 """
 
 from __future__ import annotations
@@ -23,19 +25,22 @@ from typing import Any
 import numpy as np
 import torch
 from fastskel.bench.children import Child, failure
-from fastskel.bench.harness import append_rows, compare, origin, resident_bytes
+from fastskel.bench.harness import append_rows, compare, origin, peak_bytes, resident_bytes
 from fastskel.bench.rows import verdict
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fastskel.evaluate.search import CosineSearch, rows_of
+from fastskel.nn.kernel_choice import KernelChoice
 
 __all__ = ["BASELINE", "PROVIDERS", "Case", "exact", "main", "make_features", "measure", "memory"]
 
 BASELINE, SKLEARN = "product", "scikit-learn"
 NUM_CLASSES, SEED = 60, 11
+HOST = torch.device("cpu")
 # rows made at a time: making features must not need more memory than searching them
 FILL_ROWS, BLOCK_QUERIES, SAMPLE = 2048, 1024, 64
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # steps of a similarity: what the search promises
 STEPS = 2.0**30
 
@@ -52,6 +57,7 @@ class Case:
         width: F.
         k: Neighbours of each query.
         data: "crowded" or "gaussian".
+        features: Their type, "fp32" or "bf16".
     """
 
     queries: int = 16_487
@@ -59,11 +65,13 @@ class Case:
     width: int = 2048
     k: int = 1
     data: str = "crowded"
+    features: str = "fp32"
 
     @property
     def name(self) -> str:
         """What tells its rows from others."""
-        return f"{self.queries} queries in {self.rows} {self.data} rows of {self.width}, k {self.k}"
+        kind = self.data if self.features == "fp32" else f"{self.data} {self.features}"
+        return f"{self.queries} queries in {self.rows} {kind} rows of {self.width}, k {self.k}"
 
 
 QUICK = Case(200, 3000, 64)
@@ -75,27 +83,34 @@ def make_features(case: Case) -> tuple[Tensor, Tensor]:
     centres = torch.randn(NUM_CLASSES, case.width, generator=generator)
 
     def draw(number: int) -> Tensor:
-        features = torch.empty(number, case.width)
+        features = torch.empty(number, case.width, dtype=TYPES[case.features])
         for begin in range(0, number, FILL_ROWS):
-            part = features[begin : begin + FILL_ROWS]
-            part.normal_(generator=generator)
+            part = torch.randn(min(FILL_ROWS, number - begin), case.width, generator=generator)
             if case.data == "crowded":
                 classes = torch.randint(NUM_CLASSES, (len(part),), generator=generator)
                 part.add_(centres[classes], alpha=0.7).add_(1.0).relu_()
+            features[begin : begin + FILL_ROWS] = part
         return features
 
     return draw(case.rows), draw(case.queries)
 
 
 def _product(gallery: Tensor, queries: Tensor) -> None:
-    buffer = torch.empty(min(BLOCK_QUERIES, len(queries)), len(gallery))
+    buffer = gallery.new_empty(min(BLOCK_QUERIES, len(queries)), len(gallery))
     for begin in range(0, len(queries), BLOCK_QUERIES):
         part = queries[begin : begin + BLOCK_QUERIES]
         torch.mm(part, gallery.T, out=buffer[: len(part)])
 
 
-def _own(first_pass: str, gallery: Tensor, queries: Tensor, k: int) -> NDArray[np.int64]:
-    return rows_of(CosineSearch(gallery, first_pass=first_pass).nearest(queries, k)).numpy()
+def _own(first_pass: str, kernels: KernelChoice, gallery: Tensor, queries: Tensor, k: int) -> NDArray[np.int64]:
+    search = CosineSearch(gallery, first_pass=first_pass, kernels=kernels, device=gallery.device)
+    return rows_of(search.nearest(queries, k)).cpu().numpy()
+
+
+def _torch(gallery: Tensor, queries: Tensor, k: int) -> NDArray[np.int64]:
+    gallery, queries = (rows / rows.norm(dim=1, keepdim=True) for rows in (gallery, queries))
+    found = [(part @ gallery.T).topk(k, dim=1).indices for part in torch.split(queries, BLOCK_QUERIES)]
+    return torch.cat(found).cpu().numpy()
 
 
 def _sklearn(metric: str, gallery: Tensor, queries: Tensor, k: int) -> NDArray[np.int64]:
@@ -110,17 +125,21 @@ def _sklearn(metric: str, gallery: Tensor, queries: Tensor, k: int) -> NDArray[n
 
 
 FINDERS: dict[str, Callable[[Tensor, Tensor, int], NDArray[np.int64]]] = {
-    "fastskel fp32": partial(_own, "fp32"),
-    "fastskel bf16": partial(_own, "bf16"),
+    "fastskel fp32": partial(_own, "fp32", "torch"),
+    "fastskel bf16": partial(_own, "bf16", "torch"),
+    "fastskel triton": partial(_own, "fp32", "triton"),
+    "torch": _torch,
     SKLEARN: partial(_sklearn, "cosine"),
     "scikit-learn, unit vectors": partial(_sklearn, "euclidean"),
 }
 PROVIDERS = (BASELINE, *FINDERS)
+# who takes part, by device
+TAKING_PART = {"cpu": ["fastskel fp32", "fastskel bf16", SKLEARN], "cuda": ["fastskel fp32", "fastskel triton", "torch"]}
 
 
 def exact(gallery: Tensor, queries: Tensor, k: int) -> NDArray[np.int64]:
     """Find neighbours the plain way: all similarities (B, N) in float64, in steps of 2^-30, lower row first among equals."""
-    g, q = (rows.double().numpy() for rows in (gallery, queries))
+    g, q = (rows.double().cpu().numpy() for rows in (gallery, queries))
     g, q = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (g, q))
     order: NDArray[np.int64] = np.argsort(-np.round(q @ g.T * STEPS), axis=1, kind="stable")[:, :k]
     return order
@@ -134,13 +153,15 @@ def _calls(case: Case, providers: Sequence[str], gallery: Tensor, queries: Tenso
     return calls
 
 
-def measure(case: Case, providers: Sequence[str], rounds: int, limit_s: float) -> Iterator[Row]:
-    """Search (B, F) in (N, F) by each provider in turns; one row for each.
+def measure(
+    case: Case, providers: Sequence[str], rounds: int, limit_s: float, device: torch.device = HOST
+) -> Iterator[Row]:
+    """Search (B, F) in (N, F) by each provider in turns; one row for each, of a GPU with the memory that it adds.
 
     Raises:
         ValueError: If an own search does not find the exact neighbours of the sample.
     """
-    gallery, queries = make_features(case)
+    gallery, queries = (features.to(device) for features in make_features(case))
     sample = queries[:: max(1, len(queries) // SAMPLE)][:SAMPLE]
     expected = exact(gallery, sample, case.k)
     same = {}
@@ -153,8 +174,10 @@ def measure(case: Case, providers: Sequence[str], rounds: int, limit_s: float) -
                 )
     work = 2 * case.queries * case.rows * case.width
     calls = _calls(case, providers, gallery, queries)
-    for timing in compare(calls, BASELINE, rounds=rounds, warmup=1, limit_s=limit_s):
-        yield {**timing.row(), "tflop_per_s": work / timing.median_ms / 1e9, "same": same.get(timing.provider)}
+    for timing in compare(calls, BASELINE, device=device, rounds=rounds, warmup=1, limit_s=limit_s):
+        added = {"added_bytes": peak_bytes(calls[timing.provider], device)} if device.type == "cuda" else {}
+        about = {"tflop_per_s": work / timing.median_ms / 1e9, "same": same.get(timing.provider)}
+        yield {**timing.row(), **about, **added}
 
 
 def _one(case: Case, provider: str) -> Row:
@@ -197,7 +220,9 @@ def main(arguments: list[str] | None = None) -> int:
     for field in ("queries", "rows", "width", "k"):
         parser.add_argument(f"--{field}", type=int)
     parser.add_argument("--data", choices=("crowded", "gaussian"))
-    parser.add_argument("--providers", nargs="+", choices=FINDERS, default=list(FINDERS)[:3])
+    parser.add_argument("--features", choices=TYPES)
+    parser.add_argument("--device", choices=TAKING_PART, default="cpu")
+    parser.add_argument("--providers", nargs="+", choices=FINDERS, help="by default those that suit the device")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit-s", type=float, default=1200.0, help="seconds after which no round begins, and of a process")
     parser.add_argument("--quick", action="store_true", help="a tiny search: whether it runs, not how fast")
@@ -209,10 +234,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     sizes = {name: getattr(given, name) for name in asdict(QUICK) if getattr(given, name) is not None}
     case = Case(**{**asdict(QUICK if given.quick else Case()), **sizes})
-    shared = {"part": "retrieval", "case": case.name, "precision": "fp32", "quick": given.quick, **origin()}
+    where = torch.device(given.device)
+    shared = {"part": "retrieval", "case": case.name, "precision": case.features, "quick": given.quick, **origin(where)}
     rows: dict[str, Row] = {}
-    for row in measure(case, [BASELINE, *given.providers], given.rounds, given.limit_s):
-        rows[row["provider"]] = {**row, **memory(case, row["provider"], given.limit_s), **shared}
+    providers = [BASELINE, *(given.providers or TAKING_PART[where.type])]
+    for row in measure(case, providers, given.rounds, given.limit_s, where):
+        apart = memory(case, row["provider"], given.limit_s) if where.type == "cpu" else {}
+        rows[row["provider"]] = {**row, **apart, **shared}
     if given.out:
         append_rows(given.out, rows.values())
     print(case.name)

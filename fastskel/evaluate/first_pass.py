@@ -73,6 +73,9 @@ class FirstPass:
         block_rows: Gallery rows multiplied at a time.
     """
 
+    # widths are multiples of it, and leave room for so many columns more
+    align, num_spare = ALIGN, 0
+
     def __init__(self, gallery: UnitRows, name: str, block_rows: int) -> None:
         self.num_rows, self.width = gallery.shape
         self.block_rows = -(-block_rows // MOST_TILE) * MOST_TILE
@@ -82,9 +85,10 @@ class FirstPass:
         device = gallery.device
         every = max(1, self.num_rows // CENTRE_ROWS)
         self.centre = gallery[torch.arange(0, self.num_rows, every)[:CENTRE_ROWS]].mean(0)
-        num_terms = -(-(self.width + self.num_columns) // ALIGN) * ALIGN
+        num_terms = -(-(self.width + self.num_columns + self.num_spare) // self.align) * self.align
         off = num_terms * SUM_ROUNDOFF[self.rounded]
         self.summing = off / (1 - off)
+        self.slack = STEP + self.width * FP64_ROUNDOFF
         padded = -(-self.num_rows // MOST_TILE) * MOST_TILE
         self.rows = torch.zeros(padded, num_terms, dtype=self.stored, device=device)
         self.rows[self.num_rows :, self.width] = NOWHERE
@@ -143,7 +147,6 @@ class FirstPass:
             tile //= 2
         columns, scale = self.round_queries(units)
         num_queries, result_roundoff = units.shape[0], RESULT_ROUNDOFF[self.stored]
-        slack = STEP + self.width * FP64_ROUNDOFF
         factors = self.factors.view(-1, tile, 3).amax(1)
         buffer = self.rows.new_empty(min(self.block_rows, len(self.rows)), num_queries)
         # the k largest lower bounds of tiles: the k-th is a lower bound of the k-th nearest
@@ -154,7 +157,7 @@ class FirstPass:
             score = torch.mm(block, columns, out=buffer[: len(block)]).view(-1, tile, num_queries)
             first = begin // tile
             # one part in 2^30 is more than what computing the bound in float64 loses
-            margin = (factors[first : first + len(score)] @ scale + slack) * (1 + 2.0**-30)
+            margin = (factors[first : first + len(score)] @ scale + self.slack) * (1 + 2.0**-30)
             most = score.amax(1).double()
             spread = margin + result_roundoff * most.abs()
             best = torch.cat([best, (most - spread).T], 1).topk(k, dim=1).values

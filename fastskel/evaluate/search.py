@@ -9,6 +9,7 @@ first pass therefore cannot change a result. A zero vector has similarity 0 with
 Most of the work is a first pass in a short type (see `first_pass`), whose error is bounded: every row that may be among the
 k nearest is kept, and only those are multiplied in float64. Where the bound keeps too many, as among near-duplicates, the
 block is searched in the next longer type, and at last in float64, which needs no bound; so are the blocks after it.
+On a GPU a Triton kernel may go first (see `kernel_pass`): queries for which it proves nothing are searched in float64.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor
 
 from fastskel.evaluate.first_pass import FirstPass, fastest_pass
-from fastskel.evaluate.unit_rows import UnitRows
+from fastskel.evaluate.kernel_pass import MEASURED, KernelPass
+from fastskel.evaluate.unit_rows import UnitRows, values_at_once
+from fastskel.nn.kernel_choice import KernelChoice, choose_kernels
 
 __all__ = ["FIRST_PASSES", "LOWEST", "CosineSearch", "rows_of", "similarities_of", "steps_of"]
 
@@ -35,8 +38,10 @@ GALLERY_BLOCK = 4
 LEAST_ROWS = 2048
 # pairs per query that are multiplied in float64 one by one: beyond it a longer first pass costs less
 LEAST_PAIRS, PAIRS_PER_NEIGHBOUR, ROWS_PER_PAIR = 32, 4, 256
-# values of a block of pairs, in float64, and of one of full rankings
-PAIR_VALUES, RANKED_VALUES = 2**19, 2**23
+# queries of a block, and their share, that the kernel may prove nothing for: beyond both another first pass costs less
+MOST_UNPROVEN, UNPROVEN_SHARE = 8, 1 / 16
+# values of a block of full rankings
+RANKED_VALUES = 2**23
 
 
 def _keys(similarity: Tensor, rows: Tensor) -> Tensor:
@@ -70,6 +75,8 @@ class CosineSearch:
         device: Where the products run.
         first_pass: "bf16", "fp32" or "fp64", which rounds nothing. By default bf16 on a CPU that multiplies it in hardware,
             else fp32; fp64 for a small gallery.
+        kernels: "triton" lets the kernel go first, on a GPU and for up to 25 neighbours; "torch" does not; "auto" does where it
+            was measured to win, if the gallery is not small and no first pass is named.
         function: Who searches, for errors.
         name: What the gallery is called there.
     Raises:
@@ -83,6 +90,7 @@ class CosineSearch:
         block_rows: int = 1024,
         device: torch.device | str = "cpu",
         first_pass: str | None = None,
+        kernels: KernelChoice = "auto",
         function: str = "CosineSearch",
         name: str = "gallery",
     ) -> None:
@@ -103,6 +111,10 @@ class CosineSearch:
         chosen = first_pass or ("fp64" if len(gallery) < LEAST_ROWS else fastest_pass(where))
         self.rungs = list(FIRST_PASSES[FIRST_PASSES.index(chosen) :])
         self._pass: FirstPass | None = None
+        if kernels == "auto" and (first_pass is not None or chosen == "fp64"):
+            kernels = "torch"
+        self.kernels = choose_kernels(kernels, where, torch.bfloat16, MEASURED)
+        self._kernel_pass: KernelPass | None = None
 
     def __len__(self) -> int:
         return len(self.gallery)
@@ -132,8 +144,10 @@ class CosineSearch:
             raise ValueError(f"{self.function}: k must lie in 1..{len(self)} (rows to search), got {k}. Lower k.")
         rows = self._queries(queries, name)
         top = torch.empty(len(rows), k, dtype=torch.int64, device=self.device)
-        for begin in range(0, len(rows), self.block_rows):
-            part = slice(begin, begin + self.block_rows)
+        # the kernel leaves no block of similarities, and wants many queries
+        step = self.block_rows * (GALLERY_BLOCK if self._kernel_serves(k) else 1)
+        for begin in range(0, len(rows), step):
+            part = slice(begin, begin + step)
             top[part] = self._block(rows[part], k)
         return top
 
@@ -160,6 +174,13 @@ class CosineSearch:
 
     def _block(self, units: Tensor, k: int) -> Tensor:
         """Keys of the k nearest of unit vectors (b, F): (b, k)."""
+        if self._kernel_serves(k):
+            keys = self._by_kernel(units, k)
+            if keys is not None:
+                return keys
+            # the next block would leave as many
+            self.kernels, self._kernel_pass = "torch", None
+            return torch.cat([self._block(part, k) for part in torch.split(units, self.block_rows)])
         while self.rungs[0] != "fp64" and k <= FirstPass.reach(len(self), GALLERY_BLOCK * self.block_rows):
             if self._pass is None:
                 self._pass = FirstPass(self.gallery, self.rungs[0], GALLERY_BLOCK * self.block_rows)
@@ -170,6 +191,26 @@ class CosineSearch:
             # the next block would keep too many as well
             self._pass = None
             self.rungs.pop(0)
+        return self._in_float64(units, k)
+
+    def _kernel_serves(self, k: int) -> bool:
+        return self.kernels == "triton" and KernelPass.serves(k, len(self))
+
+    def _by_kernel(self, units: Tensor, k: int) -> Tensor | None:
+        """Keys (b, k) of the k nearest of unit vectors (b, F); None if the kernel proves too few of them."""
+        if self._kernel_pass is None:
+            self._kernel_pass = KernelPass(self.gallery)
+        query, row, ceiling = self._kernel_pass.near(units, k)
+        keys = self._select(units, query, row, k)
+        (left,) = torch.where(similarities_of(keys[:, -1]) < ceiling)
+        if len(left) > max(MOST_UNPROVEN, UNPROVEN_SHARE * len(units)):
+            return None
+        if len(left):
+            keys[left] = self._in_float64(units[left], k)
+        return keys
+
+    def _in_float64(self, units: Tensor, k: int) -> Tensor:
+        """Keys (b, k) of the k nearest of unit vectors (b, F) by products of all of them."""
         top = torch.full((len(units), k), LOWEST, dtype=torch.int64, device=self.device)
         for _, keys in self._products(units):
             nearest = keys.topk(min(k, keys.shape[1]), dim=1).values
@@ -186,7 +227,7 @@ class CosineSearch:
     def _select(self, units: Tensor, query: Tensor, row: Tensor, k: int) -> Tensor:
         """Keys (b, k) of the k nearest among pairs (P,), at least k for each of the unit vectors (b, F)."""
         similarity = torch.empty(len(row), dtype=torch.float64, device=self.device)
-        step = max(1, PAIR_VALUES // units.shape[1])
+        step = max(1, values_at_once(self.device) // units.shape[1])
         for begin in range(0, len(row), step):
             part = slice(begin, begin + step)
             similarity[part] = self.gallery[row[part]].mul_(units[query[part]]).sum(1)

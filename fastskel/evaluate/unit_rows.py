@@ -7,10 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["UnitRows"]
+__all__ = ["UnitRows", "values_at_once"]
 
-# float64 values in memory at a time: they fit into a cache
-PART_VALUES = 2**19
+# float64 values in memory at a time: on a CPU they fit into a cache, on a GPU they take longer than a launch
+CPU_VALUES, GPU_VALUES = 2**19, 2**23
+
+
+def values_at_once(device: torch.device) -> int:
+    """Say how many float64 values of rows (n, F) are worked on at a time."""
+    return CPU_VALUES if device.type == "cpu" else GPU_VALUES
 
 
 class UnitRows:
@@ -52,7 +57,7 @@ class UnitRows:
 
     def parts(self) -> Iterator[slice]:
         """Yield slices that cover the rows (N, F), small enough to work on."""
-        step = max(1, PART_VALUES // self.shape[1])
+        step = max(1, values_at_once(self.device) // self.shape[1])
         for begin in range(0, self.shape[0], step):
             yield slice(begin, min(begin + step, self.shape[0]))
 

@@ -23,7 +23,7 @@ ORIGIN = {"id", "part", "case", "status", "device", "versions", "commit", "date"
 # two halves of the rehearsal, of about the same length, which run side by side
 HALVES = (
     ["check", "kernels", "training", "encoder"],
-    ["loader", "jobs", "sweep", "sanitize", "compiled", "compiled-max", "kernels-compiled"],
+    ["loader", "jobs", "sweep", "sanitize", "compiled", "compiled-max", "kernels-compiled", "search"],
 )
 
 
@@ -69,7 +69,7 @@ def test_stages_fit_eight_minutes_and_are_listed(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        (["--out", "x", "--stage", "12"], "gpu: --stage must be of check, kernels"),
+        (["--out", "x", "--stage", "13"], "gpu: --stage must be of check, kernels"),
         (["--out", "x", "--stage", "chekc"], "got chekc"),
         ([], "--out must be a folder, got none"),
     ],

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from fastskel.bench.harness import peak_bytes
+from fastskel.kernels.nearest import nearest
 from torch import Tensor
 
 from fastskel.evaluate import first_pass as rounding
+from fastskel.evaluate import kernel_pass
 from fastskel.evaluate import search as searching
 from fastskel.evaluate.first_pass import FirstPass, fastest_pass
+from fastskel.evaluate.kernel_pass import KernelPass
 from fastskel.evaluate.search import FIRST_PASSES, CosineSearch, rows_of, similarities_of
 from fastskel.evaluate.unit_rows import UnitRows
 
@@ -160,6 +163,99 @@ def test_what_rounding_cannot_tell_apart_goes_to_longer_types(first_pass: str) -
     queries = row + 3e-2 * _gaussian(20, 64, draw)
     assert rows_of(between.nearest(queries, 3)).tolist() == _plain(gallery, queries, 3)[1].tolist()
     assert between.rungs[0] == "fp32"
+
+
+def _by_kernel(gallery: Tensor, **options: object) -> CosineSearch:
+    """A search whose first pass is the kernel's operator, which without a GPU is its reference."""
+    search = CosineSearch(gallery, **options)
+    search.kernels = "triton"
+    return search
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__.strip("_"))
+@pytest.mark.parametrize("num_rows, num_queries, width, k", [*SIZES, (16, 3, 9, 1), (2500, 300, 61, 25)], ids=str)
+def test_neighbours_by_the_kernel_are_those_of_the_whole_matrix(kind, num_rows, num_queries, width, k) -> None:
+    draw = torch.Generator().manual_seed(num_rows + width)
+    gallery, queries = kind(num_rows, width, draw), kind(num_queries, width, draw)
+    queries[::3] = gallery[: len(queries[::3])]
+    similarity, rows = _plain(gallery, queries, k)
+    keys = _by_kernel(gallery, block_rows=13).nearest(queries, k)
+    assert rows_of(keys).tolist() == rows.tolist()
+    torch.testing.assert_close(similarities_of(keys), similarity, atol=STEP, rtol=0)
+
+
+@pytest.mark.parametrize("width", [1, 3, 58, 64, 2048], ids=lambda width: f"F{width}")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__.strip("_"))
+def test_bounds_in_columns(kind, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, products = torch.Generator().manual_seed(width), []
+    rows, asked = (UnitRows("test", "rows", kind(number, width, draw), "cpu") for number in (200, 30))
+    monkeypatch.setattr(
+        kernel_pass, "nearest", lambda *args: products.append(args[0].float() @ args[1].float().T) or nearest(*args)
+    )
+    first, units = KernelPass(rows), asked[slice(None)]
+    query, row, ceiling = first.near(units, 1)
+    truth, moved = units @ rows[slice(None)].T, (units @ first.centre)[:, None]
+    upper = products[0].double() + moved
+    # truth is a sum of float64 products of values up to 1
+    assert (upper >= truth + first.slack - 1e-14).all()
+    margin = (first.factors @ first.round_queries(units)[1]).T
+    assert (upper <= truth + first.spread * margin + 1e-14).all()
+    # who is in no pair is either below the ceiling, or below some pair's query's nearest for sure
+    paired = torch.zeros_like(truth, dtype=torch.bool)
+    paired[query, row] = True
+    assert (paired.sum(1) >= 1).all() and (paired.sum(1) <= 16).all()
+    nearest_paired = truth.masked_fill(~paired, -2.0).amax(1)
+    others = truth.masked_fill(paired, -2.0).amax(1)
+    assert (others <= torch.maximum(ceiling, nearest_paired) + 1e-14).all()
+
+
+def test_what_the_kernel_does_not_prove_is_searched_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, left = torch.Generator().manual_seed(12), []
+    # forty rows so alike that bf16 cannot tell them apart, among others; six queries look for them
+    gallery = _gaussian(3000, 48, draw)
+    gallery[100:140] = gallery[100] + 1e-6 * _gaussian(40, 48, draw)
+    queries = _gaussian(200, 48, draw)
+    queries[:6] = gallery[100:106]
+    search = _by_kernel(gallery)
+    plain = search._in_float64
+    monkeypatch.setattr(search, "_in_float64", lambda units, k: left.append(len(units)) or plain(units, k))
+    assert rows_of(search.nearest(queries, 2)).tolist() == _plain(gallery, queries, 2)[1].tolist()
+    assert left == [6] and search.kernels == "triton"
+    # where most are left, the other passes take over, for good
+    queries[:20] = gallery[100:120]
+    assert rows_of(search.nearest(queries, 2)).tolist() == _plain(gallery, queries, 2)[1].tolist()
+    assert search.kernels == "torch" and search._kernel_pass is None and left == [6]
+
+
+def test_few_pairs_of_the_kernel_are_multiplied_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(13)
+    search, pairs = _by_kernel(_crowded(5000, 512, draw)), []
+    select = search._select
+    monkeypatch.setattr(search, "_select", lambda units, query, *rest: pairs.append(len(query)) or select(units, query, *rest))
+    search.nearest(_crowded(500, 512, draw), 5)
+    # of 32 that the kernel keeps
+    assert 5 * 500 <= sum(pairs) < 20 * 500
+
+
+def test_when_the_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery = torch.randn(searching.LEAST_ROWS, 2)
+    assert CosineSearch(gallery).kernels == CosineSearch(gallery, kernels="torch").kernels == "torch"
+    with pytest.raises(ValueError, match="kernels: 'triton' must run on a GPU, got cpu"):
+        CosineSearch(gallery, kernels="triton")
+    with pytest.raises(ValueError, match="kernels: must be one of"):
+        CosineSearch(gallery, kernels="cuda")
+    # on the device of a row of results it is chosen, for large galleries
+    seen = []
+    monkeypatch.setattr(searching, "choose_kernels", lambda *args: seen.append(args) or "torch")
+    for options in ({}, {"first_pass": "fp32"}, {"kernels": "triton", "first_pass": "fp32"}):
+        CosineSearch(gallery, **options)
+    CosineSearch(gallery[1:])
+    assert [args[0] for args in seen] == ["auto", "torch", "triton", "torch"]
+    assert seen[0][2:] == (torch.bfloat16, kernel_pass.MEASURED)
+    # up to a list of 64 rows, if there are so many
+    assert KernelPass.serves(25, 64) and not KernelPass.serves(26, 1000) and not KernelPass.serves(25, 63)
+    assert KernelPass.serves(1, 16) and not KernelPass.serves(1, 15)
+    assert KernelPass.serves(1, 2**30) and not KernelPass.serves(1, 2**30 + 1)
 
 
 def test_few_pairs_are_multiplied_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
