@@ -3,25 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, changed, prepare, warn_if_seen
+from fastskel.cli_evaluate.trained import say_adapted, source_of
 from fastskel.evaluate.dense import DenseConfig
 from fastskel.evaluate.detection import ProposalConfig
+from fastskel.evaluate.finetune import FinetuneConfig
+from fastskel.evaluate.frame_tuning import TRAINING_SETTINGS
 
 if TYPE_CHECKING:
     from fastskel.evaluate import Evaluation
 
 __all__ = ["detect", "segment"]
 
-DENSE, PROPOSALS = DenseConfig(), ProposalConfig()
+@dataclass(frozen=True)
+class TuningOptions:
+    """With --fine-tune: settings beside epochs, learning rate, weight decay and seed, which are those of the head.
+
+    Attributes:
+        batch_size: Windows per step.
+        optimizer: adamw, or sgd with momentum 0.9.
+        layer_decay: Factor of the step size for each layer further from the output; 1 for equal steps.
+        warmup_epochs: Epochs over which the step size rises.
+        schedule: cosine falls to zero; step falls tenfold at the milestones.
+        milestones: Epochs of the schedule step; none for a constant step size.
+        label_smoothing: Share of the target that is spread over all classes.
+        drop_path: DropPath rate in training; by default the encoder's own.
+        frozen_epochs: First epochs that train the head alone.
+    """
+
+    batch_size: int = 64
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    layer_decay: float = 0.75
+    warmup_epochs: float = 5.0
+    schedule: Literal["cosine", "step"] = "cosine"
+    milestones: tuple[int, ...] = ()
+    label_smoothing: float = 0.1
+    drop_path: float | None = None
+    frozen_epochs: int = 0
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """What is done to the encoder.
+
+    Attributes:
+        fine_tune: Train the encoder with the head, once for each fold, instead of the head alone.
+        resume: Go on where a fine-tuning was stopped, bit for bit; all settings must be the same.
+        adapt: Adapt an encoder of another skeleton, number of bodies, unit or upward axis.
+    """
+
+    fine_tune: bool = False
+    resume: bool = False
+    adapt: bool = False
+
+
+DENSE, PROPOSALS, TUNING, ENCODER = DenseConfig(), ProposalConfig(), TuningOptions(), EncoderOptions()
 
 
 def _prepare(
-    task: str, run: Path, data: Path, config: DenseConfig, options: EvaluateOptions, shown: Sequence[str] = ()
-) -> tuple[Evaluation, Path]:
+    task: str, run: Path, data: Path, config: DenseConfig, encoder: EncoderOptions, tuning: TuningOptions,
+    options: EvaluateOptions, shown: Sequence[str] = (),
+) -> tuple[Evaluation, Path, dict[str, Any]]:  # fmt: skip
+    """The evaluation of clips (N, T, M, V, C), its folder, and what is done to the encoder."""
     import numpy as np
 
     from fastskel.data.packed import open_dataset
@@ -41,11 +88,26 @@ def _prepare(
     head = changed(config.head, replace(DENSE.head, head=config.head.head))
     settings = [config.head.head, *head, *changed(config.windows, DENSE.windows)]
     settings += ["drop_reversed"] if config.drop_reversed else []
-    return prepare(task, run, data, options, [*settings, *shown], parts)
+    given = changed(tuning, TUNING)
+    if (given or encoder.resume) and not encoder.fine_tune:
+        raise ValueError(
+            f"evaluate: {', '.join([*given, *(['resume'] if encoder.resume else [])])} must be left out without fine_tune, which "
+            "they are of. Pass --fine-tune."
+        )
+    settings += ["fine-tuned", *given] if encoder.fine_tune else []
+    settings += ["adapted"] if encoder.adapt else []
+    evaluation, folder = prepare(task, run, data, options, [*settings, *shown], parts)
+    done: dict[str, Any] = {"resume": encoder.resume, "source": source_of(run) if encoder.adapt else None}
+    if encoder.fine_tune:
+        shared = {name: getattr(config.head, name) for name in TRAINING_SETTINGS}
+        done["finetune_config"] = FinetuneConfig(**shared, **vars(tuning))
+    return evaluation, folder, done
 
 
 def _say(result: Mapping[str, Any], folder: Path, names: Sequence[str]) -> None:
     """Print results of all test recordings, () each, in percent, and over folds where there are any."""
+    if "adaptation" in result:
+        say_adapted(result["adaptation"])
     warn_if_seen(result)
     print("  ".join(f"{name} {100 * result[name]:.1f} %" for name in names))
     if "over_folds" in result:
@@ -61,6 +123,8 @@ def detect(
     config: DenseConfig = DENSE,
     proposals: ProposalConfig = PROPOSALS,
     frame_rate: float | None = None,
+    encoder: EncoderOptions = ENCODER,
+    tuning: TuningOptions = TUNING,
     common: EvaluateOptions = EvaluateOptions(),
 ) -> None:
     """Find actions in untrimmed recordings: start, end and class of each.
@@ -71,6 +135,8 @@ def detect(
         config: Head, windows, folds.
         proposals: How frame probabilities become proposals.
         frame_rate: Valid frames a second, to write proposals in seconds too.
+        encoder: What is done to the encoder.
+        tuning: Settings of the fine-tuning.
         common: What every evaluation takes.
     """
     from fastskel.evaluate import evaluate_detection
@@ -78,8 +144,8 @@ def detect(
     shown = [f"nms{proposals.nms:g}"] if proposals.nms is not None else []
     if proposals.thresholds != PROPOSALS.thresholds:
         shown.insert(0, "above" + "-".join(f"{value:g}" for value in proposals.thresholds))
-    evaluation, folder = _prepare("detect", run, data, config, common, shown)
-    result = evaluate_detection(evaluation, folder, config=config, proposals=proposals, frame_rate=frame_rate)
+    evaluation, folder, done = _prepare("detect", run, data, config, encoder, tuning, common, shown)
+    result = evaluate_detection(evaluation, folder, config=config, proposals=proposals, frame_rate=frame_rate, **done)
     print("IoU   " + "  ".join(f"{threshold:>5}" for threshold in result["thresholds"]))
     for title, name in (("action", "map_action"), ("video", "map_video")):
         print(f"{title:<6}" + "  ".join(f"{100 * row[name]:5.1f}" for row in result["thresholds"].values()) + "  mAP, %")
@@ -92,6 +158,8 @@ def segment(
     data: Data,
     config: DenseConfig = DENSE,
     count_background: bool = False,
+    encoder: EncoderOptions = ENCODER,
+    tuning: TuningOptions = TUNING,
     common: EvaluateOptions = EvaluateOptions(),
 ) -> None:
     """Give every frame of untrimmed recordings its class.
@@ -101,10 +169,13 @@ def segment(
         data: Packed data set with segments.
         config: Head, windows, folds.
         count_background: Count runs of frames without an action in edit score and F1 as those of any class.
+        encoder: What is done to the encoder.
+        tuning: Settings of the fine-tuning.
         common: What every evaluation takes.
     """
     from fastskel.evaluate import evaluate_segmentation
 
-    evaluation, folder = _prepare("segment", run, data, config, common, ["background"] if count_background else [])
-    result = evaluate_segmentation(evaluation, folder, config=config, count_background=count_background)
+    shown = ["background"] if count_background else []
+    evaluation, folder, done = _prepare("segment", run, data, config, encoder, tuning, common, shown)
+    result = evaluate_segmentation(evaluation, folder, config=config, count_background=count_background, **done)
     _say(result, folder, ("accuracy", "majority_accuracy", "edit", "f1@10", "f1@25", "f1@50"))

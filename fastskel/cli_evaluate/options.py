@@ -160,7 +160,7 @@ def _clips_seen(
     from fastskel.data.identity import dataset_identity
     from fastskel.train import trained_clips
 
-    if told.get("task") != "finetune":
+    if "labelled_clips" not in told:
         return None if run.is_file() else trained_clips(base_run, dataset)
     if told["identity"]["data"] != dataset_identity(dataset):
         return None

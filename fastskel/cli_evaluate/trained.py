@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, changed, p
 from fastskel.evaluate.finetune import FinetuneConfig
 from fastskel.evaluate.linear import LinearConfig
 
-__all__ = ["early", "finetune", "transfer"]
+__all__ = ["early", "finetune", "say_adapted", "source_of", "transfer"]
 
 FINETUNE = FinetuneConfig()
 
@@ -51,8 +52,13 @@ def finetune(
     say(evaluate_finetune(evaluation, folder, config=settings, resume=resume), folder)
 
 
-def _source(run: Path) -> dict[str, Any]:
-    """What is known of the data that a run was trained on, from its record and that data, where they are still there."""
+def source_of(run: Path) -> dict[str, Any]:
+    """Say what is known of the clips (T, M, V, C) that a run was trained on, from its record and the data if still there.
+
+    Where the data are gone a warning says what is assumed; nothing is known of published files.
+    """
+    if run.is_file():
+        return {}
     folder = run.resolve()
     if folder.parent.name == "checkpoints":
         folder = folder.parents[1]
@@ -64,7 +70,20 @@ def _source(run: Path) -> dict[str, Any]:
     if meta.is_file():
         told = json.loads(meta.read_text())
         found |= {key: told.get(key) for key in ("source", "topology", "units", "up_axis", "channels")}
+    else:
+        print(
+            f"warning: the data that {run} was trained on are not at {config['data']} any more; their units are taken for "
+            "metres, y for upwards",
+            file=sys.stderr,
+        )
     return found
+
+
+def say_adapted(done: Mapping[str, Any]) -> None:
+    """Print what was done to make an encoder and clips (T, M, V, C) fit."""
+    print(f"skeleton {done['skeleton']}, bodies {done['bodies']}, scale {done['scale']:.3g}, upwards {done['up_axis']}")
+    if done.get("joints_absent"):
+        print(f"joints that the data do not have: {', '.join(done['joints_absent'])}")
 
 
 def transfer(
@@ -100,21 +119,11 @@ def transfer(
     given = {"trained_on": trained_on, "plane": plane, "scale": scale, "k": k, "fine_tune": fine_tune}
     shown = [*changed(given, transfer), *_shown(settings, fine_tune)]
     evaluation, folder = prepare("transfer", run, data, common, shown, skeleton=trained_on)
-    source = {} if run.is_file() else _source(run)
-    if source and "units" not in source:
-        print(
-            f"warning: the data that {run} was trained on are not at {source['path']} any more; their units are taken for "
-            "metres, y for upwards",
-            file=sys.stderr,
-        )
     result = evaluate_transfer(
-        evaluation, folder, source=source, plane=plane, scale=scale, config=_probe(settings.seed),
+        evaluation, folder, source=source_of(run), plane=plane, scale=scale, config=_probe(settings.seed),
         k=k, finetune_config=settings if fine_tune else None, resume=resume,
     )  # fmt: skip
-    done = result["adaptation"]
-    print(f"skeleton {done['skeleton']}, bodies {done['bodies']}, scale {done['scale']:.3g}, upwards {done['up_axis']}")
-    if done.get("joints_absent"):
-        print(f"joints that the data do not have: {', '.join(done['joints_absent'])}")
+    say_adapted(result["adaptation"])
     warn_if_seen(result)
     for name in ("knn", "linear", "finetune"):
         if name in result:

@@ -1,4 +1,4 @@
-"""A classifier of clips: an encoder, a linear layer on what it says, and how both are kept."""
+"""An encoder and a head that are trained together: a classifier of clips, and how such models are kept."""
 
 from __future__ import annotations
 
@@ -32,12 +32,24 @@ from fastskel.train.checkpoint import (
 )
 
 __all__ = [
-    "Classifier", "ClassifierStore", "adapted_again", "bare_encoder", "class_scores", "described_encoder", "load_classifier",
-    "parts_of",
+    "Classifier", "ClassifierStore", "TunedModel", "adapted_again", "bare_encoder", "class_scores", "described_encoder",
+    "load_classifier", "parts_of",
 ]
 
 
-class Classifier(nn.Module):
+class TunedModel(nn.Module):
+    """An encoder and a head on what it says of views (N, T, M, V, C), trained together.
+
+    Attributes:
+        encoder: Encoder.
+        head: Layers on its features.
+    """
+
+    encoder: Encoder
+    head: nn.Module
+
+
+class Classifier(TunedModel):
     """An encoder and a linear layer on its pooled features, views (N, T, M, V, C) to class scores (N, K).
 
     Given `frames`, the encoder is run causally, and the layer reads maximum and mean of the temporal tokens up to each of
@@ -143,9 +155,9 @@ def adapted_again(encoder: Encoder, described: Mapping[str, Any]) -> Encoder:
     return encoder if adapted is None else AdaptedEncoder(encoder, **adapted).eval()
 
 
-def parts_of(classifier: Classifier) -> dict[str, nn.Module]:
-    """What is trained, by name: the encoder itself, whatever adapts it to clips (N, T, M, V, C), and the linear layer."""
-    return {"encoder": bare_encoder(classifier.encoder), "head": classifier.head}
+def parts_of(model: TunedModel) -> dict[str, nn.Module]:
+    """What is trained, by name: the encoder itself, whatever adapts it to clips (N, T, M, V, C), and the head."""
+    return {"encoder": bare_encoder(model.encoder), "head": model.head}
 
 
 @dataclass
@@ -160,7 +172,7 @@ class ClassifierStore:
     folder: Path | None
     told: Mapping[str, Any] = field(default_factory=dict)
 
-    def save(self, classifier: Classifier, optimizer: torch.optim.Optimizer | None, history: list[dict[str, Any]]) -> Path | None:
+    def save(self, model: TunedModel, optimizer: torch.optim.Optimizer | None, history: list[dict[str, Any]]) -> Path | None:
         """Write a checkpoint of all weights (D, ..) after the epochs of `history`; return its folder."""
         if self.folder is None:
             return None
@@ -170,11 +182,11 @@ class ClassifierStore:
             moments = {f"{i}/{kind}": v for i, kinds in state.items() for kind, v in kinds.items() if isinstance(v, Tensor)}
         done = len(history)
         told = {**self.told, "epoch": done, "history": history}
-        path = save_checkpoint(self.folder / "checkpoints", done, weights(parts_of(classifier)), told, moments)
+        path = save_checkpoint(self.folder / "checkpoints", done, weights(parts_of(model)), told, moments)
         prune(self.folder, keep=1)
         return path
 
-    def load(self, classifier: Classifier, optimizer: torch.optim.Optimizer, resume: bool) -> list[dict[str, Any]]:
+    def load(self, model: TunedModel, optimizer: torch.optim.Optimizer, resume: bool) -> list[dict[str, Any]]:
         """Go on where the folder's training stands, with all its tensors (D, ..); return its history.
 
         Raises:
@@ -197,7 +209,7 @@ class ClassifierStore:
                 f"finetune: a resumed fine-tuning must keep its settings, got other {', '.join(changed)} than in {last}. Give "
                 "the same ones, or choose another folder."
             )
-        load_weights(parts_of(classifier), checkpoint.model, last)
+        load_weights(parts_of(model), checkpoint.model, last)
         history: list[dict[str, Any]] = checkpoint.state["history"]
         if len(history) < now["config"]["epochs"]:
             state: dict[int, dict[str, Tensor]] = {}

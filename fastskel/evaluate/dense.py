@@ -1,4 +1,4 @@
-"""What detection and segmentation of untrimmed recordings share: their truth, folds, trained heads, timelines.
+"""What detection and segmentation of untrimmed recordings share: their truth, folds, training, timelines.
 
 The truth is in the segments of the data set, in valid frames, whatever the clips' own labels are. Where two segments of a
 recording overlap, a frame has the class of the one that begins later (of two that begin together, the one listed last). Class 0
@@ -7,24 +7,31 @@ of a head is the background, class c + 1 is class c of the data set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastskel.data.identity import dataset_identity
 from fastskel.data.packed import PackedDataset
 from fastskel.data.protocols import Split
 from fastskel.evaluate.detection_metrics import Segments
 from fastskel.evaluate.evaluation import Evaluation, names_of
+from fastskel.evaluate.finetune import FinetuneConfig
 from fastskel.evaluate.frame_heads import FrameHeadConfig, frame_probabilities, train_frame_head
+from fastskel.evaluate.frame_tuning import TRAINING_SETTINGS, fine_tune_frames, tuned_probabilities
 from fastskel.evaluate.segmentation_metrics import label_runs
+from fastskel.evaluate.transfer import adapt
 from fastskel.evaluate.windows import Windows, frame_features
 
 __all__ = [
-    "DenseConfig", "DenseFold", "dense_classes", "dense_record", "frame_truth", "leave_one_out", "predict_frames",
+    "DenseConfig", "DenseFold", "dense_classes", "dense_record", "fitted", "frame_truth", "leave_one_out", "predict_frames",
     "timelines", "true_segments",
 ]  # fmt: skip
 
@@ -34,7 +41,8 @@ class DenseConfig:
     """What detection and segmentation are both told.
 
     Attributes:
-        head: Classifier of frames, and its training.
+        head: Classifier of frames, and its training; where the encoder is trained too, the
+            fine-tuning's settings take the place of the latter.
         windows: How recordings are cut for the encoder.
         leave_one_out: Per-clip column, such as subject: each of its values is tested once, by a head trained on the others,
             over the clips of both parts of the split. None: the split as it is.
@@ -55,17 +63,18 @@ class DenseConfig:
 
 @dataclass(frozen=True)
 class DenseFold:
-    """One trained head and what it says of its test recordings.
+    """One training and what it says of its test recordings.
 
     Attributes:
         name: What was left out, or the protocol.
-        train: Recordings it was trained on, (N,).
-        test: Recordings it was tested on, (N',).
+        train: Recordings trained on, (N,).
+        test: Recordings tested on, (N',).
         truth: Segments of the test recordings, (S,), numbered as there.
         probabilities: For each test recording, (T, K + 1), the background first.
         majority: Class most training frames have, the background being 0.
         losses: Mean loss of each epoch.
         num_features: Width D of the frame features.
+        checkpoint: Folder of what was fine-tuned; None where nothing was, or was not written.
     """
 
     name: str
@@ -76,6 +85,7 @@ class DenseFold:
     majority: int
     losses: tuple[float, ...]
     num_features: int
+    checkpoint: Path | None = None
 
 
 def dense_classes(dataset: PackedDataset, task: str) -> list[str]:
@@ -167,35 +177,80 @@ def _folds(evaluation: Evaluation, config: DenseConfig, task: str) -> list[tuple
     return [(evaluation.protocol or "split", split)]
 
 
-def predict_frames(evaluation: Evaluation, config: DenseConfig, task: str) -> list[DenseFold]:
-    """Train a head on the frame features of every fold and classify the frames (T,) of its test recordings.
+def fitted(evaluation: Evaluation, source: Mapping[str, Any] | None) -> tuple[Evaluation, dict[str, Any]]:
+    """Adapt encoder and recordings (T, M, V, C) to each other if asked to.
 
-    Features are computed once for all folds.
+    Args:
+        evaluation: Encoder, recordings, and the view the encoder was trained with.
+        source: What is known of the data it was trained on, see `adapt`; empty where nothing is. None: they have to fit as they
+            are.
+    Returns:
+        The evaluation to run, and what the record says of it: the original data set, and what was done.
+    Raises:
+        ValueError: If they do not fit, or cannot be made to.
+    """
+    if source is None:
+        evaluation.check_fit("Adapt them to each other (source; --adapt on the command line)")
+        return evaluation, {}
+    adapted, told = adapt(evaluation, source=source)
+    original = {"path": str(evaluation.dataset.path), "sha256": dataset_identity(evaluation.dataset)}
+    return adapted, {"dataset": original, "adaptation": told, "source": dict(source)}
+
+
+def predict_frames(
+    evaluation: Evaluation,
+    config: DenseConfig,
+    task: str,
+    *,
+    finetune_config: FinetuneConfig | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+) -> list[DenseFold]:
+    """Train on the frames of every fold and classify the frames (T,) of its test recordings.
+
+    A head alone is trained on features that are computed once for all folds; with `finetune_config` a copy of the encoder is
+    trained with it, anew for each fold, which is kept in a folder of its own under `out`.
 
     Raises:
-        ValueError: On missing segments, splits that share clips, encoders without frame features.
+        ValueError: On missing segments, splits that share clips, encoders without frame features, or what the training refuses.
     """
-    dataset = evaluation.dataset
-    num_classes = len(dense_classes(dataset, task)) + 1
+    dataset, names = evaluation.dataset, ["background", *dense_classes(evaluation.dataset, task)]
     folds = _folds(evaluation, config, task)
     clips = np.unique(np.concatenate([np.concatenate([split.train, split.test]) for _, split in folds]))
     truth = true_segments(dataset, clips, task, config.drop_reversed)
     lengths = dataset.num_frames[clips].tolist()
     labels = dict(zip(clips.tolist(), map(torch.from_numpy, frame_truth(truth, lengths)), strict=True))
-    features = dict(zip(clips.tolist(), frame_features(evaluation, clips, config.windows, task=task), strict=True))
+    features = {}
+    if finetune_config is None:
+        features = dict(zip(clips.tolist(), frame_features(evaluation, clips, config.windows, task=task), strict=True))
     results = []
-    for name, split in folds:
-        train = split.train.tolist()
-        trained = train_frame_head(
-            [features[clip] for clip in train], [labels[clip] for clip in train], num_classes, config.head,
-            device=evaluation.device,
-        )  # fmt: skip
-        probabilities = [frame_probabilities(trained.head, features[clip]) for clip in split.test.tolist()]
+    for number, (name, split) in enumerate(folds):
+        train, test, path = split.train.tolist(), split.test.tolist(), None
+        if finetune_config is None:
+            trained = train_frame_head(
+                [features[clip] for clip in train], [labels[clip] for clip in train], len(names), config.head,
+                device=evaluation.device,
+            )  # fmt: skip
+            probabilities = [frame_probabilities(trained.head, features[clip]) for clip in test]
+            width, losses = trained.head.mean.numel(), trained.losses
+        else:
+            own = {clip: labels[clip] for clip in train}
+            tuned = fine_tune_frames(
+                evaluation, split.train, own, names, finetune_config, head=config.head, windows=config.windows, task=task,
+                out=None if out is None else Path(out) / "folds" / _folder_name(number, name), resume=resume,
+                title=f"fine-tuning, {name}",
+            )  # fmt: skip
+            probabilities = [tuned_probabilities(tuned.model, evaluation, clip, config.windows) for clip in test]
+            width, losses, path = tuned.num_features, tuple(row["loss"] for row in tuned.history), tuned.checkpoint
         majority = int(torch.bincount(torch.cat([labels[clip] for clip in train])).argmax())
         tested = true_segments(dataset, split.test, task, config.drop_reversed)
-        width = trained.head.mean.numel()
-        results.append(DenseFold(name, split.train, split.test, tested, probabilities, majority, trained.losses, width))
+        results.append(DenseFold(name, split.train, split.test, tested, probabilities, majority, losses, width, path))
     return results
+
+
+def _folder_name(number: int, name: str) -> str:
+    # values of a column may hold anything
+    return f"{number}-" + re.sub(r"[^\w.-]+", "-", name)
 
 
 def timelines(dataset: PackedDataset, fold: DenseFold, class_names: Sequence[str], count: int) -> list[dict[str, Any]]:
@@ -229,22 +284,37 @@ def timelines(dataset: PackedDataset, fold: DenseFold, class_names: Sequence[str
 
 
 def dense_record(
-    evaluation: Evaluation, config: DenseConfig, folds: Sequence[DenseFold], task: str
+    evaluation: Evaluation,
+    config: DenseConfig,
+    folds: Sequence[DenseFold],
+    task: str,
+    finetune_config: FinetuneConfig | None = None,
+    adaptation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What was evaluated, on which recordings (N,), and how."""
+    """What was evaluated, on which recordings (N,), and how; `adaptation` is what `fitted` said."""
     clips = np.union1d(evaluation.split.train, evaluation.split.test)
     train, test = (torch.from_numpy(np.unique(np.concatenate([getattr(f, part) for f in folds]))) for part in ("train", "test"))
     # folds test and train on all clips in turn
     whole = replace(evaluation, split=Split(clips, clips)) if config.leave_one_out is not None else evaluation
+    settings = asdict(config)
+    if finetune_config is not None:
+        settings["head"] = {name: value for name, value in settings["head"].items() if name not in TRAINING_SETTINGS}
+        settings["finetune"] = asdict(finetune_config)
+    record, adaptation = whole.record(task, train, test), adaptation or {}
     return {
-        **whole.record(task, train, test),
+        **record,
+        **adaptation,
+        "dataset": {**record["dataset"], **adaptation.get("dataset", {})},
         "num_classes": len(dense_classes(evaluation.dataset, task)),
         # of a frame, not of a clip
         "num_features": folds[0].num_features,
         "num_test_frames": int(evaluation.dataset.num_frames[test.numpy()].sum()),
-        "config": {**asdict(config), "receptive_field": config.head.receptive_field},
+        "config": {**settings, "receptive_field": config.head.receptive_field},
         "folds": [
-            {"name": fold.name, "num_train": len(fold.train), "num_test": len(fold.test), "loss": fold.losses[-1]}
+            {
+                "name": fold.name, "num_train": len(fold.train), "num_test": len(fold.test), "loss": fold.losses[-1],
+                **({} if fold.checkpoint is None else {"checkpoint": str(fold.checkpoint)}),
+            }
             for fold in folds
         ],
     }

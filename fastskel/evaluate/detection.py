@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastskel.atomic import atomic_write
-from fastskel.evaluate.dense import DenseConfig, dense_classes, dense_record, predict_frames, timelines
+from fastskel.evaluate.dense import DenseConfig, dense_classes, dense_record, fitted, predict_frames, timelines
 from fastskel.evaluate.detection_metrics import Segments, detection_metrics, temporal_nms
 from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
+from fastskel.evaluate.finetune import FinetuneConfig
 from fastskel.evaluate.metrics import mean_and_deviation
 from fastskel.evaluate.report import write_results
 
@@ -109,27 +110,36 @@ def evaluate_detection(
     config: DenseConfig | None = None,
     proposals: ProposalConfig | None = None,
     frame_rate: float | None = None,
+    finetune_config: FinetuneConfig | None = None,
+    resume: bool = False,
+    source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Find the actions of untrimmed recordings, with a head on frozen frame features.
+    """Find the actions of untrimmed recordings, with a head on frame features.
 
     Args:
         evaluation: Encoder, recordings, and how their frame features (T, D) are computed.
-        out: Folder for results.json and proposals.json; None: nothing is written.
+        out: Folder for results.json, proposals.json and what is fine-tuned; None: nothing is written.
         config: Head, windows, folds.
         proposals: How frame probabilities become proposals.
         frame_rate: Valid frames a second, for proposals.json; None: frames only.
+        finetune_config: Train the encoder with the head, with these settings, once for each fold; None: it stays as it is.
+        resume: Go on where a fine-tuning in `out` was stopped; folds that had ended are not trained again.
+        source: Adapt encoder and recordings to each other, given what is known of the data it was trained on: see `adapt`;
+            empty where nothing is. None: they have to fit.
     Returns:
         "map_action", "map_video", both "interpolated_", and "f1" at an IoU of 0.5; "thresholds" with all of
         `detection_metrics` at 0.1 to 0.7; for folds these are of all recordings together, and "over_folds" has mean,
         deviation and values of the folds; "per_class" average precision at 0.5 by name; "timelines"; the record.
     Raises:
-        ValueError: On missing or reversed segments, splits that share clips, encoders without frame features.
+        ValueError: On missing or reversed segments, splits that share clips, encoders without frame features, encoders and
+            recordings that do not fit, or what the training refuses.
     """
     config, proposals = config or DenseConfig(), proposals or ProposalConfig()
     if frame_rate is not None and not frame_rate > 0:
         raise ValueError(f"{TASK}: frame_rate must be above 0, got {frame_rate}. Leave it out where it is not known.")
+    evaluation, adaptation = fitted(evaluation, source)
     dataset, class_names = evaluation.dataset, dense_classes(evaluation.dataset, TASK)
-    folds = predict_frames(evaluation, config, TASK)
+    folds = predict_frames(evaluation, config, TASK, finetune_config=finetune_config, out=out, resume=resume)
     found = [frame_proposals(fold.probabilities, proposals) for fold in folds]
     sizes = [len(fold.test) for fold in folds]
     truth, pooled = _pooled([fold.truth for fold in folds], sizes), _pooled(found, sizes)
@@ -147,7 +157,7 @@ def evaluate_detection(
         "per_class": dict(zip(class_names, metrics[MAIN]["per_class"], strict=True)),
         "thresholds": metrics,
         "proposal_config": asdict(proposals),
-        **dense_record(evaluation, config, folds, TASK),
+        **dense_record(evaluation, config, folds, TASK, finetune_config, adaptation),
         "timelines": timelines(dataset, folds[0], class_names, config.num_timelines),
     }
     if out is not None:

@@ -99,11 +99,13 @@ class Evaluation:
             )
         return known
 
-    def check_fit(self) -> None:
+    def check_fit(
+        self, advice: str = "Use evaluate transfer, which adapts them, or convert the data (fastskel convert)"
+    ) -> None:
         """Compare the encoder with the clips (T, M, V, C).
 
         Raises:
-            ValueError: If it was made for another skeleton, number of bodies or channels.
+            ValueError: If it was made for another skeleton, number of bodies or channels; it ends with the advice.
         """
         wanted, dataset = self.encoder.shape if self.encoder is not None else None, self.dataset
         pairs: list[tuple[str, object, object]] = [("skeleton", self.view.topology, dataset.topology.name)]
@@ -113,7 +115,7 @@ class Evaluation:
         if misfits:
             raise ValueError(
                 f"evaluate: the encoder must be made for clips like those of {dataset.path}, got {', '.join(misfits)}. "
-                "Use evaluate transfer, which adapts them, or convert the data (fastskel convert)."
+                f"{advice}."
             )
 
     def features_of(self, indices: NDArray[np.int64]) -> FeatureSet:

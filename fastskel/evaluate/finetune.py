@@ -7,11 +7,9 @@ been.
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,27 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fastskel.data.identity import dataset_identity
+from fastskel.data.batch import View
 from fastskel.data.loader import Loader
 from fastskel.data.views import RandomCrop, ViewSpec
-from fastskel.evaluate.classifier import (
-    Classifier,
-    ClassifierStore,
-    bare_encoder,
-    class_scores,
-    described_encoder,
-    parts_of,
-)
+from fastskel.evaluate.classifier import Classifier, ClassifierStore, class_scores, described_encoder
 from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
 from fastskel.evaluate.metrics import class_metrics, top_k_accuracy
-from fastskel.models.encoder import Encoder
-from fastskel.train.checkpoint import newest, weights
+from fastskel.evaluate.training import set_drop_path, train_epoch, train_epochs, trainable_copy, training_identity
 from fastskel.train.stage import describe
 
 __all__ = ["FinetuneConfig", "Finetuned", "evaluate_finetune", "fine_tune"]
-
-# settings that change no bit of the result
-FREE_SETTINGS = ("evaluate_every", "save_every")
 
 
 @dataclass(frozen=True)
@@ -141,114 +128,11 @@ class Finetuned:
     checkpoint: Path | None = None
 
 
-def _groups(classifier: Classifier, config: FinetuneConfig) -> list[dict[str, Any]]:
-    """Parameters (D, ..) with their share of the step size, matrices apart from what does not decay."""
-    depths = classifier.encoder.depth_groups()
-    listed = [p for group in depths for p in group]
-    own = list(classifier.encoder.parameters())
-    if len(listed) != len(own) or {id(p) for p in listed} != {id(p) for p in own}:
-        raise ValueError(
-            f"finetune: depth_groups of {type(classifier.encoder).__name__} must list each of {len(own)} parameters once, got "
-            f"{len(listed)}. Mend the encoder."
-        )
-    depths = [*depths, list(classifier.head.parameters())]
-    groups = []
-    for depth, parameters in enumerate(depths):
-        share = config.layer_decay ** (len(depths) - 1 - depth)
-        for chosen, decay in (
-            ([p for p in parameters if p.dim() > 1], config.weight_decay),
-            ([p for p in parameters if p.dim() <= 1], 0.0),
-        ):
-            if chosen:
-                groups.append({"params": chosen, "weight_decay": decay, "share": share})
-    return groups
-
-
-def _optimizer(classifier: Classifier, config: FinetuneConfig) -> torch.optim.Optimizer:
-    groups = _groups(classifier, config)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
-
-
-def _set_drop_path(encoder: Encoder, rate: float | None) -> None:
-    if rate is None:
-        return
-    encoder = bare_encoder(encoder)
-    if not isinstance(getattr(encoder, "drop_path", None), float) or "drop_path" not in encoder.config:
-        raise ValueError(
-            f"finetune: drop_path must be None for {type(encoder).__name__}, which has none, got {rate}. Leave it out."
-        )
-    if rate >= 1:
-        raise ValueError(f"finetune: drop_path must be below 1, got {rate}. Choose another.")
-    encoder.drop_path, encoder.config = rate, {**encoder.config, "drop_path": rate}  # type: ignore[assignment]
-
-
-def _train_epoch(
-    classifier: Classifier, optimizer: torch.optim.Optimizer, loader: Loader, config: FinetuneConfig, epoch: int,
-    precision: str,
-) -> dict[str, Any]:  # fmt: skip
-    """Train over all clips once; say what it was like."""
-    device = loader.device
-    frozen = epoch < config.frozen_epochs
-    classifier.train()
-    classifier.encoder.train(not frozen).requires_grad_(not frozen)
-    total, right, count = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device), 0
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    rate = 0.0
-    for number, batch in enumerate(loader):
-        step = epoch * len(loader) + number
-        rate = config.rate(step, len(loader))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["share"]
-        with mixed:
-            scores = classifier(batch.at(config.seed, step).views[0]).float()
-        # every observation of a clip has the clip's class
-        labels = batch.labels.view(-1, *[1] * (scores.dim() - 2)).expand(scores.shape[:-1]).flatten()
-        scores = scores.flatten(0, -2)
-        loss = functional.cross_entropy(scores, labels, label_smoothing=config.label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        total += loss.detach() * len(labels)
-        right += (scores.detach().argmax(1) == labels).sum()
-        count += len(labels)
-    classifier.encoder.requires_grad_(True)
-    mean = float(total) / count
-    if not math.isfinite(mean) or not all(bool(p.isfinite().all()) for p in classifier.parameters()):
-        raise ValueError(
-            f"finetune: loss and weights must stay finite, got loss {mean} in epoch {epoch}. Lower learning_rate (now "
-            f"{config.learning_rate})."
-        )
-    return {"epoch": epoch, "learning_rate": rate, "loss": mean, "train_top1": int(right) / count}
-
-
-def _identity(
-    evaluation: Evaluation, classifier: Classifier, config: FinetuneConfig, view: ViewSpec, indices: NDArray[np.int64]
-) -> dict[str, Any]:
-    """What a resumed fine-tuning must share with the one that was stopped."""
-    digest = hashlib.sha256()
-    for name, value in sorted(weights(parts_of(classifier)).items()):
-        digest.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
-    clips = hashlib.sha256(np.ascontiguousarray(indices, "<i8").tobytes()).hexdigest()
-    identity: dict[str, Any] = json.loads(json.dumps({
-        "config": settings, "view": repr(view), "data": dataset_identity(evaluation.dataset), "clips": clips,
-        "precision": evaluation.precision, "frames": classifier.frames, "start": digest.hexdigest(),
-        # heads, gap, scale and the like leave no trace in the weights
-        "encoder": described_encoder(classifier.encoder),
-    }))  # fmt: skip
-    return identity
-
-
-def _checked(evaluation: Evaluation, indices: NDArray[np.int64] | None) -> tuple[Encoder, NDArray[np.int64]]:
-    """A copy of the encoder to train, and the clips (N,) to train on."""
-    encoder, train = evaluation.encoder, evaluation.known("train")
-    if encoder is None or not any(True for _ in encoder.parameters()):
-        kind = "raw coordinates" if encoder is None else f"{type(encoder).__name__} without parameters"
-        raise ValueError(f"finetune: encoder must be one to train, got {kind}. Pass the original.")
+def _chosen(evaluation: Evaluation, indices: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """The clips (N,) to train on."""
+    train = evaluation.known("train")
     if indices is None:
-        return copy.deepcopy(encoder), train
+        return train
     chosen = np.asarray(indices, dtype=np.int64)
     strange = np.setdiff1d(chosen, train)
     if chosen.ndim != 1 or chosen.size == 0 or strange.size or len(np.unique(chosen)) != len(chosen):
@@ -256,7 +140,7 @@ def _checked(evaluation: Evaluation, indices: NDArray[np.int64] | None) -> tuple
             f"finetune: indices must be distinct labelled clips of the training part, got {chosen.size} clips, of which "
             f"{strange.tolist()[:5]} are not. Choose among evaluation.known('train')."
         )
-    return copy.deepcopy(encoder), chosen
+    return chosen
 
 
 def fine_tune(
@@ -284,15 +168,13 @@ def fine_tune(
     Raises:
         ValueError: On settings or clips that cannot be used, a folder of another training, or if the loss is not finite.
     """
-    from tqdm import tqdm
-
     config = config or FinetuneConfig()
-    encoder, train = _checked(evaluation, indices)
+    encoder, train = trainable_copy(evaluation.encoder), _chosen(evaluation, indices)
     test, view, dataset = evaluation.known("test"), evaluation.view, evaluation.dataset
     if train_view is None:
         least = max(1, view.frames // 2)
         train_view = view if config.crop is None else replace(view, crop=RandomCrop(config.crop, 1.0, least))
-    _set_drop_path(encoder, config.drop_path)
+    set_drop_path(encoder, config.drop_path)
     device = torch.device(evaluation.device)
     classifier = Classifier(encoder, len(evaluation.class_names), frames=frames, seed=config.seed)
     store = ClassifierStore(None if out is None else Path(out))
@@ -300,12 +182,11 @@ def fine_tune(
         store.told = {
             "task": "finetune", "encoder": described_encoder(encoder), "eval_view": view, "topology": dataset.topology.name,
             "class_names": evaluation.class_names, "frames": frames, "run": evaluation.run, "config": describe(config),
-            "identity": _identity(evaluation, classifier, config, train_view, train), "labelled_clips": train.tolist(),
+            "identity": training_identity(evaluation, classifier, config, train_view, train, frames=frames),
+            "labelled_clips": train.tolist(),
             "unlabelled_clips": None if evaluation.trained_on is None else evaluation.trained_on.tolist(),
         }  # fmt: skip
     classifier.to(device)
-    optimizer = _optimizer(classifier, config)
-    history = store.load(classifier, optimizer, resume)
     loader = Loader(
         dataset, views=(train_view,), batch_size=min(config.batch_size, len(train)), seed=config.seed,
         num_threads=evaluation.num_threads, indices=train, drop_last=False, device=device,
@@ -318,27 +199,34 @@ def fine_tune(
             num_threads=evaluation.num_threads, precision=evaluation.precision,
         )  # fmt: skip
 
-    scores, path = None, None
-    if len(history) == config.epochs:
-        scores, path = score(), newest(Path(out)) if out is not None else None
-    with loader, tqdm(
-        total=config.epochs, initial=len(history), desc="fine-tuning", unit="epoch", disable=not evaluation.progress, leave=False
-    ) as bar:
-        for epoch in range(len(history), config.epochs):
-            loader.epoch, loader.position = epoch, 0
-            row = _train_epoch(classifier, optimizer, loader, config, epoch, evaluation.precision)
-            last = epoch + 1 == config.epochs
-            if last or (epoch + 1) % config.evaluate_every == 0:
-                scores = score()
-                # of the longest observation, where there are several
-                row["test_top1"] = top_k_accuracy(scores if scores.dim() == 2 else scores[:, -1], labels, 1)
-            history.append(row)
-            if last or (epoch + 1) % config.save_every == 0:
-                path = store.save(classifier, None if last else optimizer, history)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            bar.update()
-    assert scores is not None
-    return Finetuned(classifier.eval(), scores, history, train, test, path)
+    def loss_of(scores: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(scores.flatten(0, -2), labels.flatten(), label_smoothing=config.label_smoothing)
+
+    def batches(epoch: int) -> Iterator[tuple[tuple[View], Tensor]]:
+        for number, batch in enumerate(loader):
+            # every observation of a clip has the clip's class
+            classes = batch.labels if frames is None else batch.labels[:, None].expand(-1, len(frames))
+            yield (batch.at(config.seed, epoch * len(loader) + number).views[0],), classes
+
+    scores = None
+
+    def one_epoch(optimizer: torch.optim.Optimizer, epoch: int) -> dict[str, Any]:
+        nonlocal scores
+        loader.epoch, loader.position = epoch, 0
+        row = train_epoch(
+            classifier, optimizer, batches(epoch), config, epoch, num_batches=len(loader), loss_of=loss_of, device=device,
+            precision=evaluation.precision,
+        )  # fmt: skip
+        if epoch + 1 == config.epochs or (epoch + 1) % config.evaluate_every == 0:
+            scores = score()
+            # of the longest observation, where there are several
+            row["test_top1"] = top_k_accuracy(scores if scores.dim() == 2 else scores[:, -1], labels, 1)
+        return row
+
+    with loader:
+        history, path = train_epochs(classifier, config, store, one_epoch, resume=resume, progress=evaluation.progress)
+    # nothing is left to train of one that had ended
+    return Finetuned(classifier, score() if scores is None else scores, history, train, test, path)
 
 
 def evaluate_finetune(

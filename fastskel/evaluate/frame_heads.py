@@ -15,7 +15,10 @@ from torch.nn import functional
 
 from fastskel import philox
 
-__all__ = ["FrameHead", "FrameHeadConfig", "TrainedHead", "frame_probabilities", "smoothing_loss", "train_frame_head"]
+__all__ = [
+    "FrameHead", "FrameHeadConfig", "TrainedHead", "class_weights", "frame_probabilities", "new_head", "smoothing_loss",
+    "train_frame_head",
+]  # fmt: skip
 
 # of log probabilities, as in MS-TCN: larger steps are true changes of the action and cost no more
 SMOOTHING_LIMIT = 4.0
@@ -106,8 +109,8 @@ class FrameHead(nn.Module):
             self.net = nn.Sequential(first, *layers, last)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Class scores (T, K) of frame features (T, D)."""
-        scores: Tensor = self.net(((features - self.mean) / self.deviation).T[None])[0].T
+        """Class scores (T, K) of frame features (T, D); or of windows that know nothing of each other, (N, T, K) of (N, T, D)."""
+        scores: Tensor = self.net(((features - self.mean) / self.deviation).mT).mT
         return scores
 
     def standardise(self, features: Sequence[Tensor]) -> None:
@@ -121,6 +124,13 @@ class FrameHead(nn.Module):
         constant = deviation <= torch.finfo(torch.float32).eps * largest
         self.mean.copy_(mean)
         self.deviation.copy_(torch.where(constant, 1.0, deviation))
+
+
+def new_head(config: FrameHeadConfig, num_features: int, num_classes: int) -> FrameHead:
+    """Make the head of features (T, D) that the seed says, on the host; torch's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        return FrameHead(config, num_features, num_classes)
 
 
 @dataclass(frozen=True)
@@ -149,7 +159,7 @@ def smoothing_loss(scores: Tensor) -> Tensor:
     return (log[1:] - log[:-1].detach()).square().clamp(max=SMOOTHING_LIMIT**2).mean()
 
 
-def _class_weights(labels: Sequence[Tensor], num_classes: int) -> Tensor:
+def class_weights(labels: Sequence[Tensor], num_classes: int) -> Tensor:
     """Weights (K,) that make every class that occurs count alike, mean 1 over frames."""
     count = torch.bincount(torch.cat(list(labels)), minlength=num_classes).double()
     occurs = count > 0
@@ -199,13 +209,10 @@ def train_frame_head(
     """
     config = config or FrameHeadConfig()
     _check(features, labels, num_classes)
-    # the start of the weights is drawn on the host, and torch's generator is left as it was
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
-        head = FrameHead(config, features[0].shape[1], num_classes)
+    head = new_head(config, features[0].shape[1], num_classes)
     head.standardise(features)
     head.to(device).train()
-    weights = _class_weights(labels, num_classes).to(device) if config.class_weights else None
+    weights = class_weights(labels, num_classes).to(device) if config.class_weights else None
     optimizer = torch.optim.Adam(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     losses = []
     for epoch in range(config.epochs):

@@ -55,7 +55,7 @@ class KernelPass(FirstPass):
     @classmethod
     def serves(cls, k: int, num_rows: int) -> bool:
         """Whether the kernel can find k neighbours in a gallery (N, F)."""
-        return cls.kept(k) <= min(MOST_KEPT, num_rows) and num_rows <= MOST_ROWS
+        return bool(cls.kept(k) <= min(MOST_KEPT, num_rows) and num_rows <= MOST_ROWS)
 
     def near(self, units: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Find pairs that may be among the k nearest of their query, at least k of each.

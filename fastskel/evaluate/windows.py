@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,10 +36,13 @@ from fastskel.data.views import CenterCrop, ViewSpec
 from fastskel.evaluate.evaluation import Evaluation
 from fastskel.evaluate.feature_cache import read_features, write_features
 from fastskel.evaluate.features import checked_indices, feature_key
-from fastskel.models.encoder import Encoder
+from fastskel.models.encoder import Features
 from fastskel.skeleton import stream
 
-__all__ = ["Windows", "frame_features", "window_starts", "window_view"]
+__all__ = [
+    "Windows", "check_window_view", "frame_features", "frames_of", "mean_over_windows", "window_cuts", "window_starts",
+    "window_view",
+]  # fmt: skip
 
 # part of every key of a cached file: raise it when the meaning of one changes
 CACHE_VERSION = 2
@@ -101,10 +105,10 @@ def window_view(dataset: PackedDataset, spec: ViewSpec, recording: int, starts: 
     Returns:
         Views of the windows, (W, T, M, V, C).
     """
-    frames = np.asarray(dataset.clip(recording), np.float32)
+    frames = dataset.clip(recording)
     clips = np.empty((len(starts), spec.frames, *frames.shape[1:]), np.float32)
     for row, start in enumerate(starts.tolist()):
-        cut = frames[start : start + length]
+        cut = np.asarray(frames[start : start + length], np.float32)
         if spec.normalise != "none":
             cut = normalise(cut, spec.normalise, dataset.topology)
         clips[row] = crop_resize(cut, 0, length, spec.frames)
@@ -113,46 +117,74 @@ def window_view(dataset: PackedDataset, spec: ViewSpec, recording: int, starts: 
     return View(values, mask, dataset.topology)
 
 
-def _encoded(
-    encoder: Encoder | None, view: View, windows: Windows, task: str, evaluation: Evaluation
-) -> tuple[Tensor, Tensor | None]:
-    """Frame features of windows, (W, T', D), and, where they are kept, their spatial features, (W, D)."""
-    if encoder is None:
-        return view.clips.flatten(2), None
-    device = torch.device(evaluation.device)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16"):
-        features = encoder(view.to(device))
-    temporal = features.need("temporal", task).float().cpu()
-    spatial = features.need("spatial", task).float().amax(1).cpu() if windows.spatial else None
-    return temporal, spatial
-
-
-def _features_of(
-    encoder: Encoder | None, evaluation: Evaluation, recording: int, windows: Windows, task: str
+def frames_of(
+    features: Features, length: int, *, spatial: bool, task: str, rows: slice | Sequence[int] = slice(None)
 ) -> Tensor:
-    """Features of the frames of a recording, (T, D)."""
-    spec = evaluation.view
+    """Resize what an encoder says of windows to their frames; gradients reach the encoder.
+
+    Args:
+        features: Of windows, `temporal` (W, T', D).
+        length: Frames of the recording in each window.
+        spatial: Add the windows' spatial features, their maxima over tokens, to those of each frame.
+        task: Named in the error.
+        rows: Windows to take.
+    Returns:
+        Features of the windows' frames, (W', length, D), float32.
+    Raises:
+        ValueError: If the encoder has no such features.
+    """
+    frames = _resized(features.need("temporal", task)[rows].float(), length)
+    if spatial:
+        maxima = features.need("spatial", task)[rows].float().amax(1)
+        frames = torch.cat([frames, maxima[:, None].expand(-1, length, -1)], 2)
+    return frames
+
+
+def _resized(frames: Tensor, length: int) -> Tensor:
+    if frames.shape[1] == length:
+        return frames
+    return functional.interpolate(frames.mT, size=length, mode="linear", align_corners=False).mT
+
+
+def window_cuts(dataset: PackedDataset, recording: int, windows: Windows, usual: int) -> tuple[NDArray[np.int64], int]:
+    """First frames of a recording's windows, (W,), and their length, at most `usual` where the windows do not say."""
+    num_frames = int(dataset.num_frames[recording])
+    length = min(windows.window or usual, num_frames)
+    return window_starts(num_frames, length, windows.overlap), length
+
+
+def mean_over_windows(
+    evaluation: Evaluation, recording: int, windows: Windows, encode: Callable[[View, int], Tensor]
+) -> Tensor:
+    """Weighted mean over the windows that hold a frame, in evaluation's precision and without gradients.
+
+    Args:
+        evaluation: Data, view, device, windows at a time.
+        recording: Number of the clip.
+        windows: How it is cut, and the weights.
+        encode: Called with views of windows (W, T, M, V, C) and their length; returns values of their frames, (W, length, D).
+    Returns:
+        Values of the recording's frames, (T, D), float32, on the host.
+    """
+    spec, device = evaluation.view, torch.device(evaluation.device)
     num_frames = int(evaluation.dataset.num_frames[recording])
-    length = min(windows.window or spec.frames, num_frames)
-    starts = window_starts(num_frames, length, windows.overlap)
+    starts, length = window_cuts(evaluation.dataset, recording, windows, spec.frames)
     weights = windows.weights(length)[:, None]
     total, weight = torch.zeros(0), torch.zeros(num_frames, 1)
     for rows in np.array_split(starts, -(-len(starts) // evaluation.batch_size)):
-        view = window_view(evaluation.dataset, spec, recording, rows, length)
-        temporal, spatial = _encoded(encoder, view, windows, task, evaluation)
-        if temporal.shape[1] != length:
-            temporal = functional.interpolate(temporal.mT, size=length, mode="linear", align_corners=False).mT
-        if spatial is not None:
-            temporal = torch.cat([temporal, spatial[:, None].expand(-1, length, -1)], 2)
+        view = window_view(evaluation.dataset, spec, recording, rows, length).to(device)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16"):
+            frames = encode(view, length).float().cpu()
         if not len(total):
-            total = torch.zeros(num_frames, temporal.shape[2])
-        for start, values in zip(rows.tolist(), temporal, strict=True):
+            total = torch.zeros(num_frames, frames.shape[2])
+        for start, values in zip(rows.tolist(), frames, strict=True):
             total[start : start + length] += weights * values
             weight[start : start + length] += weights
     return total / weight
 
 
-def _check_view(spec: ViewSpec, dataset: PackedDataset) -> None:
+def check_window_view(spec: ViewSpec, dataset: PackedDataset) -> None:
+    """Raise ValueError if windows (W, T, M, V, C) of the data set cannot be made into such views."""
     spec.check(dataset)
     if spec.transforms or spec.crop != CenterCrop():
         raise ValueError(
@@ -186,7 +218,7 @@ def frame_features(
     windows, dataset = windows or Windows(), evaluation.dataset
     chosen = checked_indices("frame_features", dataset, recordings)
     evaluation.check_fit()
-    _check_view(evaluation.view, dataset)
+    check_window_view(evaluation.view, dataset)
     if windows.spatial and evaluation.encoder is None:
         raise ValueError("frame_features: windows.spatial must be false for raw coordinates, got true. Leave it out.")
     encoder, base, cache = None, "", evaluation.cache
@@ -198,13 +230,19 @@ def frame_features(
             base = feature_key(
                 encoder, dataset, evaluation.view, none, device=evaluation.device, precision=evaluation.precision
             )
+
+    def encode(view: View, length: int) -> Tensor:
+        if encoder is None:
+            return _resized(view.clips.flatten(2), length)
+        return frames_of(encoder(view), length, spatial=windows.spatial, task=task)
+
     found = []
     for number in tqdm(chosen.tolist(), desc="frame features", unit="recording", disable=not evaluation.progress, leave=False):
         key = hashlib.sha256(f"v{CACHE_VERSION};{base};{windows!r};{number}".encode()).hexdigest()
         path = Path(cache) / f"frames-{key[:16]}.safetensors" if cache is not None and encoder is not None else None
         features = None if path is None else read_features("frame_features", path, key)
         if features is None:
-            features = _features_of(encoder, evaluation, number, windows, task)
+            features = mean_over_windows(evaluation, number, windows, encode)
             bad = (~torch.isfinite(features)).any(1).nonzero()
             if bad.numel():
                 raise ValueError(

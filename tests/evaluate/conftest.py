@@ -1,4 +1,4 @@
-"""A tiny packed data set in memory and a tiny encoder that counts its calls."""
+"""A tiny packed data set in memory, one of untrimmed recordings, and a tiny encoder that counts its calls."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastskel.data.batch import View
+from fastskel.data.pack_clips import pack_arrays
 from fastskel.data.packed import PackedDataset
 from fastskel.models.encoder import Encoder, Features
 from fastskel.skeleton import topology
@@ -45,6 +46,25 @@ def make_dataset(
     )
 
 
+def pack_recordings(folder: Path, num: int = 8) -> PackedDataset:
+    """Still recordings in which a class lifts a joint of its own for a while; subjects are pairs of recordings."""
+    draw = np.random.default_rng(0)
+    clips, segments = [], []
+    for number in range(num):
+        frames = draw.normal(0, 0.05, (90 + 7 * number, 1, 25, 3)).astype(np.float32)
+        start = 5
+        for label in draw.permutation(3):
+            end = start + int(draw.integers(12, 20))
+            frames[start:end, 0, 5 + 4 * label, 1] += 1
+            segments.append((number, label, start, end, 1.0))
+            start = end + int(draw.integers(5, 12))
+        clips.append(frames)
+    return pack_arrays(
+        clips, out=folder, topology="ntu-25", class_names=["lift", "wave", "kick"],
+        columns={"subject": np.arange(num) // 2}, segments=np.array(segments),
+    )  # fmt: skip
+
+
 class CountingEncoder(Encoder):
     """Mean over frames, then a linear layer; `calls` says how often it ran, `scale` is a setting without weights."""
 
@@ -61,6 +81,11 @@ class CountingEncoder(Encoder):
     def forward(self, view: View, *, token_mask: Tensor | None = None, mode: str | None = None) -> Features:
         self.calls[0] += 1
         return Features(self.dropout(self.linear(view.clips.flatten(2).mean(1) * self.scale)))
+
+
+@pytest.fixture(scope="session")
+def untrimmed(tmp_path_factory) -> PackedDataset:
+    return pack_recordings(tmp_path_factory.mktemp("untrimmed") / "packed")
 
 
 @pytest.fixture

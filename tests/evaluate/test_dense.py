@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fastskel.cli import main
-from fastskel.data.pack_clips import pack_arrays
 from fastskel.data.packed import PackedDataset
 from fastskel.data.protocols import Split
 from fastskel.data.views import eval_view
@@ -35,28 +34,9 @@ CONFIG = DenseConfig(FrameHeadConfig(learning_rate=0.05, epochs=20))
 BOTH = pytest.mark.parametrize("evaluate", [evaluate_detection, evaluate_segmentation], ids=["detect", "segment"])
 
 
-def pack_recordings(folder: Path, num: int = 8) -> PackedDataset:
-    """Still recordings in which a class lifts a joint of its own for a while; subjects are pairs of recordings."""
-    draw = np.random.default_rng(0)
-    clips, segments = [], []
-    for number in range(num):
-        frames = draw.normal(0, 0.05, (90 + 7 * number, 1, 25, 3)).astype(np.float32)
-        start = 5
-        for label in draw.permutation(3):
-            end = start + int(draw.integers(12, 20))
-            frames[start:end, 0, 5 + 4 * label, 1] += 1
-            segments.append((number, label, start, end, 1.0))
-            start = end + int(draw.integers(5, 12))
-        clips.append(frames)
-    return pack_arrays(
-        clips, out=folder, topology="ntu-25", class_names=["lift", "wave", "kick"],
-        columns={"subject": np.arange(num) // 2}, segments=np.array(segments),
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> PackedDataset:
-    return pack_recordings(tmp_path_factory.mktemp("dense") / "packed")
+@pytest.fixture
+def data(untrimmed) -> PackedDataset:
+    return untrimmed
 
 
 def evaluation(data: PackedDataset, **options) -> Evaluation:

@@ -15,6 +15,7 @@ import torch
 from fastskel.data.views import CenterCrop, eval_view
 from fastskel.evaluate import Evaluation, FinetuneConfig, class_scores, evaluate_finetune, fine_tune, load_classifier
 from fastskel.evaluate import finetune as loop
+from fastskel.evaluate.training import parameter_groups
 from fastskel.models import DSTE
 from fastskel.train import load_encoder
 
@@ -75,20 +76,20 @@ def test_it_is_a_function_of_its_settings(evaluation) -> None:
 def test_resuming_gives_the_same_bits(evaluation, tmp_path: Path, monkeypatch, optimizer: str) -> None:
     config = replace(CONFIG, optimizer=optimizer, crop=0.3, frozen_epochs=1)
     whole = evaluate_finetune(evaluation, tmp_path / "whole", config=config)
-    train = loop._train_epoch
+    train = loop.train_epoch
 
-    def interrupt(*arguments):
+    def interrupt(*arguments, **options):
         if arguments[4] == 5:
             raise KeyboardInterrupt
-        return train(*arguments)
+        return train(*arguments, **options)
 
-    monkeypatch.setattr(loop, "_train_epoch", interrupt)
+    monkeypatch.setattr(loop, "train_epoch", interrupt)
     out = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
         evaluate_finetune(evaluation, out, config=config)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000000004"]
     assert not (out / "results.json").exists()
-    monkeypatch.setattr(loop, "_train_epoch", train)
+    monkeypatch.setattr(loop, "train_epoch", train)
     with pytest.raises(ValueError, match="out must be new, got .* with a fine-tuning. Resume it"):
         evaluate_finetune(evaluation, out, config=config)
     with pytest.raises(ValueError, match="must keep its settings, got other learning_rate than in"):
@@ -115,7 +116,7 @@ def test_frozen_epochs_train_the_linear_layer_alone(evaluation) -> None:
 
 def test_steps_shrink_towards_the_input(evaluation) -> None:
     classifier = loop.Classifier(evaluation.encoder, 3)
-    groups = loop._groups(classifier, replace(CONFIG, layer_decay=0.5, weight_decay=0.3))
+    groups = parameter_groups(classifier, replace(CONFIG, layer_decay=0.5, weight_decay=0.3))
     names = {id(parameter): name for name, parameter in classifier.named_parameters()}
     found = {names[id(p)]: (group["share"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(found) == len(names)
