@@ -75,6 +75,11 @@ def _prepare(
     from fastskel.evaluate.dense import leave_one_out
 
     parts, column = None, config.leave_one_out
+    if column is None and options.protocol is None and options.split_file is None:
+        raise ValueError(
+            f"evaluate: leave_one_out, protocol or split_file must be given for {task}, got none. Name a column whose values are "
+            "tested in turn, such as --leave-one-out subject."
+        )
     if column is not None:
         if options.protocol is not None or options.split_file is not None:
             raise ValueError(
@@ -100,6 +105,8 @@ def _prepare(
     done: dict[str, Any] = {"resume": encoder.resume, "source": source_of(run) if encoder.adapt else None}
     if encoder.fine_tune:
         shared = {name: getattr(config.head, name) for name in TRAINING_SETTINGS}
+        # a head that is not told its step size leaves that of a fine-tuning as usual, too
+        shared = {name: value for name, value in shared.items() if value is not None}
         done["finetune_config"] = FinetuneConfig(**shared, **vars(tuning))
     return evaluation, folder, done
 

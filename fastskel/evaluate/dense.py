@@ -214,6 +214,8 @@ def predict_frames(
     Raises:
         ValueError: On missing segments, splits that share clips, encoders without frame features, or what the training refuses.
     """
+    from tqdm import tqdm
+
     dataset, names = evaluation.dataset, ["background", *dense_classes(evaluation.dataset, task)]
     folds = _folds(evaluation, config, task)
     clips = np.unique(np.concatenate([np.concatenate([split.train, split.test]) for _, split in folds]))
@@ -224,7 +226,9 @@ def predict_frames(
     if finetune_config is None:
         features = dict(zip(clips.tolist(), frame_features(evaluation, clips, config.windows, task=task), strict=True))
     results = []
-    for number, (name, split) in enumerate(folds):
+    # a fine-tuning has a bar of its own for each fold
+    quiet = not evaluation.progress or finetune_config is not None
+    for number, (name, split) in enumerate(tqdm(folds, desc="heads of frames", unit="fold", disable=quiet, leave=False)):
         train, test, path = split.train.tolist(), split.test.tolist(), None
         if finetune_config is None:
             trained = train_frame_head(

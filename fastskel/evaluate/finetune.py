@@ -90,6 +90,11 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"FinetuneConfig: {name} must be in {low} .. {high}, got {value}. Choose another.")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"FinetuneConfig: warmup_epochs must be below epochs {self.epochs}, or the step size never gets up, got "
+                f"{self.warmup_epochs:g}. Lower it, such as to {self.epochs / 10:g}."
+            )
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"FinetuneConfig: learning_rate must be positive, got {self.learning_rate}. Try 0.001.")
         for name, known in (("optimizer", ("adamw", "sgd")), ("schedule", ("cosine", "step"))):

@@ -22,6 +22,7 @@ __all__ = [
 
 # of log probabilities, as in MS-TCN: larger steps are true changes of the action and cost no more
 SMOOTHING_LIMIT = 4.0
+RATES = {"linear": 1e-2, "tcn": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class FrameHeadConfig:
         hidden: Channels of the tcn.
         layers: Dilated layers of the tcn, of dilations 1, 2, 4, ..; it sees 2^(layers + 1) - 1 frames.
         epochs: Passes over the training recordings.
-        learning_rate: Step size; features are standardised first, so one suits most encoders.
+        learning_rate: Step size; features are standardised first, so one suits most encoders. None is 0.01 for linear and 0.001
+            for the tcn, best of 0.001 to 0.03 on training subjects of UTKinect held out.
         weight_decay: Of Adam.
         class_weights: Weigh frames by the inverse frequency of their class among the training frames.
         smoothing: Weight of the truncated squared step of log probabilities between frames; MS-TCN has 0.15.
@@ -44,7 +46,7 @@ class FrameHeadConfig:
     hidden: int = 64
     layers: int = 8
     epochs: int = 50
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     weight_decay: float = 0.0
     class_weights: bool = False
     smoothing: float = 0.0
@@ -56,13 +58,18 @@ class FrameHeadConfig:
         for name in ("hidden", "layers", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"FrameHeadConfig: {name} must be at least 1, got {getattr(self, name)}. Raise it.")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+        if not (self.rate > 0 and math.isfinite(self.rate)):
             raise ValueError(f"FrameHeadConfig: learning_rate must be positive, got {self.learning_rate}. Pass 0.001.")
         for name in ("weight_decay", "smoothing"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"FrameHeadConfig: {name} must be at least 0, got {getattr(self, name)}. Pass 0.")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"FrameHeadConfig: seed must lie in [0, 2^64), got {self.seed}. Pass 0.")
+
+    @property
+    def rate(self) -> float:
+        """Step size that is taken."""
+        return RATES[self.head] if self.learning_rate is None else self.learning_rate
 
     @property
     def receptive_field(self) -> int:
@@ -213,7 +220,7 @@ def train_frame_head(
     head.standardise(features)
     head.to(device).train()
     weights = class_weights(labels, num_classes).to(device) if config.class_weights else None
-    optimizer = torch.optim.Adam(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.Adam(head.parameters(), lr=config.rate, weight_decay=config.weight_decay)
     losses = []
     for epoch in range(config.epochs):
         total = torch.zeros((), device=device)
@@ -230,7 +237,7 @@ def train_frame_head(
         if not math.isfinite(losses[-1]):
             raise ValueError(
                 f"train_frame_head: the loss must stay finite, got {losses[-1]} in epoch {epoch}. Lower "
-                f"config.learning_rate (now {config.learning_rate})."
+                f"config.learning_rate (now {config.rate})."
             )
     return TrainedHead(head.eval(), tuple(losses))
 

@@ -380,6 +380,11 @@ def commands(place: Path, tmp_path: Path, monkeypatch) -> Path:
     return tmp_path / "run"
 
 
+def test_untrimmed_tasks_name_leaving_one_out(commands: Path, capsys) -> None:
+    assert main(["evaluate", "detect", str(commands), "data", "--quiet"]) == 2
+    assert "leave_one_out, protocol or split_file must be given for detect, got none." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("task", ["knn", "segment"])
 def test_commands_refuse_in_one_line(task: str, commands: Path, capsys) -> None:
     def refused(data: str, split: dict[str, list[int]]) -> str:

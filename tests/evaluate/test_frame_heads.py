@@ -26,6 +26,10 @@ def problem(lengths: tuple[int, ...] = (40, 1, 63), seed: int = 0) -> tuple[list
     return [50 + 3 * (values + 4 * torch.eye(WIDTH)[classes]) for values, classes in zip(noise, labels, strict=True)], labels
 
 
+def test_each_head_has_a_step_size_of_its_own() -> None:
+    assert (FrameHeadConfig().rate, FrameHeadConfig("tcn").rate, FrameHeadConfig(learning_rate=0.3).rate) == (0.01, 0.001, 0.3)
+
+
 @pytest.mark.parametrize("config", [FrameHeadConfig(learning_rate=0.05), FrameHeadConfig("tcn", 16, 3)], ids=["linear", "tcn"])
 def test_learns(config: FrameHeadConfig) -> None:
     features, labels = problem()
