@@ -90,9 +90,9 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"FinetuneConfig: {name} must be in {low} .. {high}, got {value}. Choose another.")
-        if self.warmup_epochs >= self.epochs:
+        if self.warmup_epochs > self.epochs:
             raise ValueError(
-                f"FinetuneConfig: warmup_epochs must be below epochs {self.epochs}, or the step size never gets up, got "
+                f"FinetuneConfig: warmup_epochs must be at most epochs {self.epochs}, or the step size never gets up, got "
                 f"{self.warmup_epochs:g}. Lower it, such as to {self.epochs / 10:g}."
             )
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):

@@ -203,7 +203,7 @@ def test_refusals(evaluation, encoder, tmp_path: Path) -> None:
         ({"epochs": 0}, "epochs must be in 1"), ({"layer_decay": 1.5}, "layer_decay must be in 0 .. 1, got 1.5"),
         ({"optimizer": "adam"}, "optimizer must be one of"), ({"schedule": "linear"}, "schedule must be one of"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive"), ({"crop": -0.1}, "crop must be in"),
-        ({"epochs": 5, "warmup_epochs": 5}, "warmup_epochs must be below epochs 5, .* got 5. Lower it, such as to 0.5"),
+        ({"epochs": 4, "warmup_epochs": 5}, "warmup_epochs must be at most epochs 4, .* got 5. Lower it, such as to 0.4"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range(change, message) -> None:

@@ -389,8 +389,8 @@ def test_commands(data, tmp_path: Path, monkeypatch, capsys) -> None:
     checkpoint(tmp_path / "run")
     Path("halves.json").write_text(json.dumps({"train": [0, 1], "test": [2]}))
     command = ["evaluate", "segment", "run", str(data.path), "--split-file", "halves.json", "--quiet", "--device", "cpu"]
-    quick = ["--fine-tune", "--epochs", "1", "--batch-size", "200", "--milestones", "3", "4"]
-    folder = Path("run/segment-halves-packed-linear-epochs1-fine-tuned-batch_size200-milestones3-4")
+    quick = ["--fine-tune", "--epochs", "1", "--batch-size", "200", "--warmup-epochs", "0", "--milestones", "3", "4"]
+    folder = Path("run/segment-halves-packed-linear-epochs1-fine-tuned-batch_size200-warmup_epochs0-milestones3-4")
     assert main([*command, *quick]) == 0
     assert f"(1 test recordings, {data.num_frames[2]} frames; {folder})" in capsys.readouterr().out
     assert json.loads((folder / "results.json").read_text())["config"]["finetune"]["milestones"] == [3, 4]

@@ -38,7 +38,7 @@ WITH = {("linear", "penalty"): {"solver": "exact"}, ("zeroshot", "unseen_file"):
 # say where, not what; settings of a fine-tuning have a test of their own
 NOT_SETTINGS = {"run", "data", "paths", "common", "resume", "settings"}
 TUNED = {
-    "epochs": 3, "batch_size": 8, "optimizer": "sgd", "learning_rate": 0.1, "layer_decay": 1.0, "weight_decay": 0.0,
+    "epochs": 60, "batch_size": 8, "optimizer": "sgd", "learning_rate": 0.1, "layer_decay": 1.0, "weight_decay": 0.0,
     "momentum": 0.5, "warmup_epochs": 0.0, "schedule": "step", "milestones": (3, 5), "decay": 0.5, "label_smoothing": 0.0,
     "drop_path": 0.0, "frozen_epochs": 1, "crop": 0.5, "evaluate_every": 1, "seed": 1,
 }  # fmt: skip

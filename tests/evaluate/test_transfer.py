@@ -168,7 +168,7 @@ def test_two_persons_end_to_end(tmp_path: Path) -> None:
 
 def test_a_fine_tuning_resumes_with_its_own_scale(tmp_path: Path) -> None:
     evaluation = evaluation_of(pack(tmp_path / "data", "ntu-25"))
-    settings = {"config": PROBE, "finetune_config": FinetuneConfig(epochs=1, batch_size=8)}
+    settings = {"config": PROBE, "finetune_config": FinetuneConfig(epochs=1, batch_size=8, warmup_epochs=0)}
     evaluate_transfer(evaluation, tmp_path / "out", scale=2.0, **settings)
     evaluate_transfer(evaluation, tmp_path / "out", scale=2.0, resume=True, **settings)
     with pytest.raises(ValueError, match="must keep its settings, got other encoder than"):
