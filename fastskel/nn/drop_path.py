@@ -68,6 +68,22 @@ class LayerDrops(NamedTuple):
             return 1.0, self.scales[NUM_DROP_PATHS]
         return self.bias, None
 
+    def part(self, begin: int, end: int) -> LayerDrops:
+        """Plan for samples from `begin` to before `end` of these (N, S, D) alone, on the host; not for fused kernels."""
+
+        def sliced(factor: float | Tensor) -> float | Tensor:
+            return factor[begin:end] if isinstance(factor, Tensor) else factor
+
+        # where each list has the samples; they are in order
+        ends = torch.tensor([begin, end])
+        places = [(begin, end) if rows is None else torch.searchsorted(rows, ends).tolist() for rows in self.rows]
+        rows = tuple(
+            None if rows is None else rows[first:last] - begin for rows, (first, last) in zip(self.rows, places, strict=True)
+        )
+        first, last = places[CA_ATTENTION]
+        inner = None if self.inner is None else self.inner[first:last] - places[CA_MLP][0]
+        return LayerDrops(rows, inner, tuple(map(sliced, self.factors)), sliced(self.bias))
+
 
 # nothing of any sample is dropped
 NO_DROPS = LayerDrops((None,) * NUM_DROP_PATHS, None, (1.0,) * NUM_DROP_PATHS, 2.0)

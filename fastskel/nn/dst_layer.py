@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastskel.nn import dst_function as fn
+from fastskel.nn import dst_pieces as pieces
 from fastskel.nn.attention import AttentionBackend, choose_backend, merges
 from fastskel.nn.drop_path import NO_DROPS, LayerDrops
-from fastskel.nn.dst_function import Kept, LayerSpec, Weights
-from fastskel.nn.dst_operator import dst_layer, passes
+from fastskel.nn.dst_function import LayerSpec, Weights
+from fastskel.nn.dst_operator import dst_layer
 from fastskel.nn.kernel_choice import KernelChoice, choose_kernels
 from fastskel.nn.memory import MemoryMode, check_memory, keeps_converted
 from fastskel.nn.mlp import MLP
@@ -187,7 +188,7 @@ class FrozenDSTLayer(nn.Module):
             spec = self.spec._replace(attention=attention, kernels=chosen)
             if torch.compiler.is_compiling() and chosen == "triton":
                 return dst_layer(x, weights, NO_DROPS, spec, prepared=True)
-            return passes(spec).forward(x.to(spec.precision.residual), weights, NO_DROPS, spec)[0]
+            return pieces.forward(x, weights, NO_DROPS, spec, pieces.cut(x, spec))[0]
 
 
 def _check_tokens(x: Tensor, most: int, width: int) -> None:
@@ -208,30 +209,26 @@ class _Layer(torch.autograd.Function):
         ctx: Any, x: Tensor, drops: LayerDrops, spec: LayerSpec, *parameters: Tensor
     ) -> Tensor:
         with computing(spec.precision, x.device):
-            prepared = fn.prepare(Weights(*parameters), spec.precision)
-            y, xb, kept = passes(spec).forward(x.to(spec.precision.residual), prepared, drops, spec)
+            prepared, cuts = fn.prepare(Weights(*parameters), spec.precision), pieces.cut(x, spec)
+            y, saved = pieces.forward(x, prepared, drops, spec, cuts)
         if any(ctx.needs_input_grad):
-            ctx.drops, ctx.spec, ctx.dtype = drops, spec, x.dtype
-            if spec.memory == "layer":
-                # as it came: computed again, everything has the same bits
-                xb, kept = x, Kept(*(None,) * len(Kept._fields))
-            converted = prepared if keeps_converted(spec.memory, prepared, kept) else ()
-            ctx.save_for_backward(xb, *kept, *parameters, *converted)
+            ctx.drops, ctx.spec, ctx.cuts, ctx.dtype = drops, spec, cuts, x.dtype
+            converted = prepared if keeps_converted(spec.memory, prepared, saved[1:]) else ()
+            ctx.num_saved = len(saved)
+            # the input as it came: computed again, everything has the same bits
+            ctx.save_for_backward(None if saved else x, *saved, *parameters, *converted)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        xb, *rest = ctx.saved_tensors
-        first, second = len(Kept._fields), len(Kept._fields) + len(Weights._fields)
-        kept, parameters, converted = Kept(*rest[:first]), Weights(*rest[first:second]), rest[second:]
-        spec, drops = ctx.spec, ctx.drops
+        x, *rest = ctx.saved_tensors
+        first, second = ctx.num_saved, ctx.num_saved + len(Weights._fields)
+        saved, parameters, converted = rest[:first], Weights(*rest[first:second]), rest[second:]
+        spec, cuts = ctx.spec, ctx.cuts
         need = [name for name, wanted in zip(Weights._fields, ctx.needs_input_grad[3:], strict=True) if wanted]
-        with computing(spec.precision, xb.device):
+        with computing(spec.precision, grad.device):
             prepared = Weights(*converted) if converted else fn.prepare(parameters, spec.precision)
-            if kept.ca is None:
-                again = spec._replace(memory="lean")
-                _, xb, kept = passes(spec).forward(xb.to(spec.precision.residual), prepared, drops, again)
-            dx, raw = passes(spec).backward(grad, xb, kept, prepared, drops, spec, need)
+            dx, raw = pieces.backward(grad, x, saved, prepared, ctx.drops, spec, cuts, need)
             grads = fn.unprepare(raw, parameters, spec.gap)
         return (dx.to(ctx.dtype), None, None, *(grads[name] if name in need else None for name in Weights._fields))
