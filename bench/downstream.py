@@ -90,7 +90,7 @@ def _few_shot(evaluation: Evaluation, seed: int) -> Metrics:
 
 
 def _early(evaluation: Evaluation, seed: int) -> Metrics:
-    found = TASKS["early"].run(evaluation, config=replace(PROBE, seed=seed), train_full=True)
+    found = TASKS["early"].run(evaluation, config=replace(PROBE, seed=seed))
     return {"area": found["area"], **{f"top1@{row['ratio']:g}": row["top1"] for row in found["curve"]}}
 
 
