@@ -93,7 +93,9 @@ def contenders(stage: Stage, run: Path) -> list[Contender]:
     # raw coordinates twice: as the encoder sees them, and turned to face the camera
     turned = replace(view, normalise="align-yaw")
     raw: list[Contender] = [("raw coordinates", None, view), ("raw, aligned", None, turned)]
-    return [*raw, ("untrained encoder", start(stage)[0], view), ("pretrained encoder", encoder, view)]
+    # a plane has nothing to turn about
+    kinds = raw if encoder.shape is None or encoder.shape[3] == 3 else raw[:1]
+    return [*kinds, ("untrained encoder", start(stage)[0], view), ("pretrained encoder", encoder, view)]
 
 
 def measure(

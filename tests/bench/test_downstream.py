@@ -97,6 +97,10 @@ def test_flat_data_have_the_first_two_coordinates_and_everything_else(source: Pa
     assert np.array_equal(made.column("subject"), source.column("subject"))
     assert np.array_equal(split(made, "xsub").test, split(source, "xsub").test)
     assert downstream.flat(source, tmp_path / "flat").path == made.path
+    rows = downstream.measure(
+        "usdrl-small", 0, made, "xsub", [(made, ["xsub"])], ["knn"], tmp_path / "runs", settings=TINY, tag="tiny"
+    )
+    assert [row["features"] for row in rows] == ["raw coordinates", "untrained encoder", "pretrained encoder"]
 
 
 def test_the_table_counts_a_seed_by_the_mean_of_its_parts() -> None:
