@@ -313,9 +313,9 @@ def _target(text: str) -> tuple[PackedDataset, list[str]]:
 def main() -> None:
     """Parse the command line, measure, print, append."""
     parser = argparse.ArgumentParser(prog="python -m fastskel.bench.downstream", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", help="name of a recipe")
-    parser.add_argument("data", type=Path, help="packed data set to train on")
-    parser.add_argument("--train", required=True, help="protocol whose training part to train on")
+    parser.add_argument("recipe", nargs="?", help="name of a recipe")
+    parser.add_argument("data", nargs="?", type=Path, help="packed data set to train on")
+    parser.add_argument("--train", help="protocol whose training part to train on")
     parser.add_argument("--on", nargs="+", default=[], metavar="DATA:PROTOCOL,..", help="where to test")
     parser.add_argument("--trials", nargs="+", choices=list(TRIALS), default=["knn", "linear"], help="tasks")
     parser.add_argument("--streams", action="store_true", help="joints, bones, motion and their fusions, by --train's test part")
@@ -329,8 +329,12 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of --out, measure nothing")
     arguments = parser.parse_args()
     if arguments.table:
+        if arguments.out is None:
+            parser.error("--out must name the file of rows to show, got none")
         print(table([row for row in map(json.loads, arguments.out.read_text().splitlines()) if row.get("case") == CASE]))
         return
+    if None in (arguments.recipe, arguments.data, arguments.train):
+        parser.error("recipe, data and --train must be given to measure anything, got not all of them")
     if arguments.settings and not arguments.tag:
         parser.error("--tag must name runs with settings of their own, got none")
     if arguments.threads:

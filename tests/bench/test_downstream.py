@@ -118,3 +118,22 @@ def test_the_table_counts_a_seed_by_the_mean_of_its_parts() -> None:
 def test_a_target_names_data_and_protocol(text: str) -> None:
     with pytest.raises(ValueError, match="downstream: on must be DATA:PROTOCOL"):
         downstream._target(text)
+
+
+def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in ((["--table"], "--out must name"), (["usdrl-small"], "recipe, data and --train must be given")):
+        monkeypatch.setattr("sys.argv", ["downstream", *words])
+        with pytest.raises(SystemExit):
+            downstream.main()
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_shows_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {
+        "case": "downstream", "data": "sbu", "task": "knn", "trained_on": "nw-ucla xview", "tag": "", "features": "raw",
+        "seed": 0, "metrics": {"top1": 0.25},
+    }  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"case": "accuracy"}) + "\n")
+    monkeypatch.setattr("sys.argv", ["downstream", "--table", "--out", str(tmp_path / "rows.jsonl")])
+    downstream.main()
+    assert capsys.readouterr().out == "sbu  knn  nw-ucla xview  raw  [1 seeds, 1 parts]  top1 25.0\n"
