@@ -210,9 +210,10 @@ def _begin(
     recipe = changed(replace(RECIPES[name](), seed=seed), settings, len(indices))
     run = runs / "-".join(part for part in (name, tag, source.path.name, str(seed)) if part)
     made = trained(name, recipe, source, indices, run)
+    usual = asdict(replace(RECIPES[name](), seed=seed))
     facts = {
-        "recipe": name, "settings": asdict(recipe), "tag": tag, "seed": seed, "trained_on": f"{source.source} {train}",
-        "trained_at_commit": made["trained_at_commit"],
+        "recipe": name, "settings": {key: value for key, value in asdict(recipe).items() if value != usual[key]}, "tag": tag,
+        "seed": seed, "trained_on": f"{source.source} {train}", "trained_at_commit": made["trained_at_commit"],
     }  # fmt: skip
     return recipe, run, facts
 

@@ -34,6 +34,8 @@ def test_every_contender_has_a_row_for_every_trial_and_none_is_measured_twice(so
     assert [(row["features"], row["task"]) for row in rows] == [(who, task) for who in WHO for task in ("knn", "linear")]
     assert all(set(row["metrics"]) == {"top1"} and 0 <= row["metrics"]["top1"] <= 1 for row in rows)
     assert {(row["tag"], row["settings"]["width"], row["trained_on"]) for row in rows} == {("tiny", 16, "synthetic xsub")}
+    # what is as the recipe has it is not repeated
+    assert "num_heads" not in rows[0]["settings"] and "seed" not in rows[0]["settings"]
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == json.loads(json.dumps(rows))
     more = tried(source, source, "xsub", ["knn", "linear", "cluster"], tmp_path)
     assert [row["task"] for row in more] == ["cluster"] * 4
