@@ -3,6 +3,8 @@
     python -m fastskel.bench.downstream usdrl-small data/nw-ucla --train xview --on data/nw-ucla:xview --trials knn linear semi
     ... --on data/sbu:fold1,fold2,fold3,fold4,fold5 --trials knn linear
     ... --on data/utkinect:subject --trials detect segment
+    ... --trials zeroshot --embeddings words.json
+    ... data/utd-mhad --train one-shot --on data/utd-mhad:one-shot --trials oneshot --tag one-shot
     ... --streams
 
 Each seed trains once without labels, on the training part alone; a run found under --runs is taken or goes on, if it is the same
@@ -30,6 +32,7 @@ import torch
 from fastskel.bench.accuracy import PROBE, Contender, changed, contenders, trained
 from fastskel.bench.harness import append_rows, origin
 
+from fastskel import philox
 from fastskel.data import pack_arrays
 from fastskel.data.packed import PackedDataset, open_dataset
 from fastskel.data.protocols import protocols, split
@@ -51,6 +54,8 @@ CASE = "downstream"
 Metrics = dict[str, float]
 # the shares of a training part whose labels are known; a single clip of every class is the least
 FRACTIONS = (0.01, 0.1, 0.2)
+# a fifth of the classes is unseen, as twelve of sixty are where NTU RGB+D 60 is split so
+UNSEEN_PARTS = 5
 # what a recipe is trained on, and how it is called
 STREAMS: Mapping[str, Sequence[str]] = {
     "": [], "bone": ["stream=bone"], "motion": ["stream=motion"], "multimodal": ["consistency=multi-modal"],
@@ -65,11 +70,13 @@ class Trial:
         run: From an evaluation and a seed to metrics that are fractions of one.
         trains: Whether the encoder itself is trained further, which raw coordinates cannot be.
         untrimmed: Whether it takes a column to leave out instead of a protocol.
+        worded: Whether it is given a file of text embeddings of the class names too.
     """
 
-    run: Callable[[Evaluation, int], Metrics]
+    run: Callable[..., Metrics]
     trains: bool = False
     untrimmed: bool = False
+    worded: bool = False
 
 
 def _retrieval(evaluation: Evaluation, seed: int) -> Metrics:
@@ -86,6 +93,31 @@ def _few_shot(evaluation: Evaluation, seed: int) -> Metrics:
     return {
         f"5-way {shots}-shot": TASKS["fewshot"].run(evaluation, ways=5, shots=shots, episodes=600, seed=seed)["top1"]["mean"]
         for shots in (1, 5)
+    }
+
+
+def _one_shot(evaluation: Evaluation, seed: int) -> Metrics:
+    found = TASKS["oneshot"].run(evaluation)
+    if found["train_clips_of_novel_classes"]:
+        raise ValueError(
+            f"downstream: the training part of {evaluation.protocol} must have no clip of a class that is tested, got "
+            f"{found['train_clips_of_novel_classes']}. Use the protocol one-shot."
+        )
+    return {name: found[name] for name in ("top1", "mean_class")}
+
+
+def _zero_shot(evaluation: Evaluation, seed: int, words: Path) -> Metrics:
+    """Means over parts of the classes, each of which is unseen once."""
+    order = philox.permutation(seed, 0, len(evaluation.class_names), philox.Use.SUBSET).tolist()
+    parts = [
+        TASKS["zeroshot"].run(evaluation, embeddings=words, unseen=order[part::UNSEEN_PARTS], seed=seed)
+        for part in range(UNSEEN_PARTS)
+    ]
+    among_all = ("seen", "unseen", "harmonic")
+    return {
+        "top1": statistics.mean(found["top1"] for found in parts),
+        "chance": statistics.mean(1 / len(found["unseen"]) for found in parts),
+        **{name: statistics.mean(found["generalised"][name] for found in parts) for name in among_all},
     }
 
 
@@ -134,6 +166,8 @@ TRIALS: Mapping[str, Trial] = {
     "exact": Trial(lambda evaluation, seed: {"top1": TASKS["logistic"].run(evaluation)["top1"]}),
     "semi": Trial(_semi),
     "fewshot": Trial(_few_shot),
+    "oneshot": Trial(_one_shot),
+    "zeroshot": Trial(_zero_shot, worded=True),
     "cluster": Trial(_cluster),
     "early": Trial(_early),
     "early-causal": Trial(_early_causal, trains=True),
@@ -221,6 +255,7 @@ def _begin(
 def measure(
     name: str, seed: int, source: PackedDataset, train: str, targets: Sequence[tuple[PackedDataset, Sequence[str]]],
     trials: Sequence[str], runs: Path, out: Path | None = None, settings: Sequence[str] = (), tag: str = "",
+    words: Path | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Try raw coordinates, the untrained and the pretrained encoder of one seed; one row for each task and test part.
 
@@ -235,7 +270,11 @@ def measure(
         out: File of rows, which are added one by one; what is there is not measured again.
         settings: Of the recipe, changed as `bench.accuracy.changed` says.
         tag: Name of such settings.
+        words: File of text embeddings of the class names, for trials that need one.
     """
+    wordless = [task for task in trials if TRIALS[task].worded and words is None]
+    if wordless:
+        raise ValueError(f"downstream: embeddings must be given for {wordless[0]}, got none. Pass a file of them.")
     recipe, run, facts = _begin(name, seed, settings, tag, source, train, runs)
     done, rows = _done(out), []
     for dataset, tests in targets:
@@ -248,7 +287,8 @@ def measure(
                     row = {**facts, "data": dataset.source, "protocol": protocol, "task": task, "features": contender[0]}
                     if _key(row) not in done:
                         evaluation = _evaluation(contender, source, dataset, protocol, trial.untrimmed, run)
-                        rows.append(_finished(row, trial.run(evaluation, seed), out))
+                        metrics = trial.run(evaluation, seed, words) if trial.worded else trial.run(evaluation, seed)
+                        rows.append(_finished(row, metrics, out))
     return rows
 
 
@@ -319,6 +359,7 @@ def main() -> None:
     parser.add_argument("--train", help="protocol whose training part to train on")
     parser.add_argument("--on", nargs="+", default=[], metavar="DATA:PROTOCOL,..", help="where to test")
     parser.add_argument("--trials", nargs="+", choices=list(TRIALS), default=["knn", "linear"], help="tasks")
+    parser.add_argument("--embeddings", type=Path, metavar="FILE", help="text embeddings of the class names, for zeroshot")
     parser.add_argument("--streams", action="store_true", help="joints, bones, motion and their fusions, by --train's test part")
     parser.add_argument("--flat", type=Path, metavar="FOLDER", help="keep two coordinates; where the data of them are packed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -355,7 +396,7 @@ def main() -> None:
             )
         rows += measure(
             arguments.recipe, seed, source, arguments.train, targets, arguments.trials, arguments.runs, arguments.out,
-            arguments.settings, arguments.tag,
+            arguments.settings, arguments.tag, arguments.embeddings,
         )  # fmt: skip
     print(table(rows))
 

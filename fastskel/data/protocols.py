@@ -29,6 +29,8 @@ NTU_TRAIN_SUBJECTS = (
 _NTU_60_SUBJECTS = 40
 # A001, A007, .., A115: the classes that one-shot recognition of NTU RGB+D 120 keeps out of the training
 NTU_NOVEL_CLASSES = tuple(range(0, 120, 6))
+# of the small data sets, which have no such protocol: every third class, where NTU RGB+D 120 has every sixth
+_NOVEL_EVERY = 3
 _NTU_TRAIN_CAMERAS = (2, 3)
 _UCLA_TRAIN_CAMERAS = (1, 2)
 _UCLA_TEST_SUBJECT = 10
@@ -122,6 +124,12 @@ def _ntu_120_one_shot(dataset: PackedDataset) -> NDArray[np.bool_]:
     return ~np.isin(dataset.labels, NTU_NOVEL_CLASSES)
 
 
+@PROTOCOLS.register("utd-mhad/one-shot")
+@PROTOCOLS.register("nw-ucla/one-shot")
+def _every_third_class(dataset: PackedDataset) -> NDArray[np.bool_]:
+    return np.asarray(dataset.labels) % _NOVEL_EVERY != 0
+
+
 @PROTOCOLS.register("utkinect/xsub")
 def _utkinect_xsub(dataset: PackedDataset) -> NDArray[np.bool_]:
     # the field leaves each of the ten subjects out in turn: the last one is our convention
@@ -190,7 +198,7 @@ def split(
             nw-ucla xview (cameras 1 and 2 train), xview-clean (the same without the test clips that repeat a training
             clip), xsub (subject 10 tests; "xsub:3" lets subject 3 test); ntu60 xsub, xview (cameras 2 and 3 train);
             ntu120 xsub, xset (even setups train), one-shot (classes A1, A7, .., A115 test); ntu-60 and ntu-120 are other
-            names of the two;
+            names of the two; utd-mhad and nw-ucla one-shot (every third class tests: our own, after that of ntu120);
             pku-mmd xview, xsub (from a list); sbu fold1 to fold5 (pairs of actors); utkinect xsub (subject 10 tests;
             "xsub:3" lets subject 3 test); uav-human xsub-v1, xsub-v2; penn-action and kinetics-skeleton official.
         split_file: The user's own split instead: a JSON file {"train": [...], "test": [...]} of clip names or indices,

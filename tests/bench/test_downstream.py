@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from fastskel.bench import downstream
 from fastskel.data import make_synthetic, open_dataset, pack_arrays
 from fastskel.data.packed import PackedDataset
 from fastskel.data.protocols import split
+from fastskel.evaluate import Evaluation, Task
 
 TINY = ["epochs=1", "width=16", "frames=16", "batch_size=8", "warmup_steps=0", "milestones=()", "precision=fp32"]
 WHO = ["raw coordinates", "raw, aligned", "untrained encoder", "pretrained encoder"]
@@ -76,6 +78,51 @@ def test_untrimmed_recordings_leave_each_value_of_a_column_out(source: PackedDat
     rows = tried(source, recordings, "subject", ["detect", "segment"], tmp_path)
     assert {row["protocol"] for row in rows} == {"subject"}
     assert [row["task"] for row in rows] == ["detect", "segment"] * 4
+
+
+def test_unseen_classes_are_told_by_words_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_synthetic(tmp_path / "data", num_clips=60, num_classes=10, num_subjects=4)
+    source = open_dataset(tmp_path / "data")
+    words = np.random.default_rng(0).normal(size=(10, 6))
+    np.save(tmp_path / "words.npy", words)
+    asked = []
+    real = downstream.TASKS["zeroshot"].run
+
+    def run(evaluation: Evaluation, **settings: object) -> dict:
+        asked.append(settings["unseen"])
+        return real(evaluation, **settings)
+
+    monkeypatch.setattr(downstream, "TASKS", {"zeroshot": Task(run)})
+    rows = downstream.measure(
+        "usdrl-small", 0, source, "xsub", [(source, ["xsub"])], ["zeroshot"], tmp_path / "runs", settings=TINY, tag="tiny",
+        words=tmp_path / "words.npy",
+    )  # fmt: skip
+    assert [row["features"] for row in rows] == WHO
+    assert sorted(number for part in asked[:5] for number in part) == list(range(10))
+    assert [len(part) for part in asked[:5]] == [2] * 5
+    # all are asked for the same classes
+    assert asked == asked[:5] * len(WHO)
+    assert all(row["metrics"]["chance"] == 0.5 for row in rows)
+
+
+def test_words_are_asked_for_before_anything_is_trained(source: PackedDataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="downstream: embeddings must be given for zeroshot, got none"):
+        tried(source, source, "xsub", ["knn", "zeroshot"], tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_shot_needs_classes_that_nothing_was_trained_on(source: PackedDataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="training part of xsub must have no clip of a class that is tested"):
+        tried(source, source, "xsub", ["oneshot"], tmp_path)
+    parts = {"train": np.flatnonzero(source.labels == 2), "test": np.flatnonzero(source.labels != 2)}
+    novel = replace(source, splits={"novel": parts})
+    rows = downstream.measure(
+        "usdrl-small", 0, novel, "novel", [(novel, ["novel"])], ["oneshot"], tmp_path / "runs", settings=TINY, tag="novel"
+    )
+    assert [row["features"] for row in rows] == WHO
+    assert all(set(row["metrics"]) == {"top1", "mean_class"} for row in rows)
 
 
 def test_streams_are_compared_alone_and_fused(source: PackedDataset, tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ RULES = {
     ("ntu-120", "xset"): ({"setup": NUMBERS + 1}, NUMBERS % 2 == 1),
     # of classes 0, 1 and 2 only the first is novel
     ("ntu-120", "one-shot"): ({}, NUMBERS % 3 != 0),
+    ("utd-mhad", "one-shot"): ({}, NUMBERS % 3 != 0),
+    ("nw-ucla", "one-shot"): ({}, NUMBERS % 3 != 0),
     ("pku-mmd", "xview"): ({"camera": np.array(list("LMR") * 8)}, NUMBERS % 3 != 0),
 }
 
@@ -74,7 +76,7 @@ def test_splits_json_comes_before_rules(tmp_path):
     dataset = replace(dataset, splits={"xsub": {"train": np.array([3, 1]), "test": np.array([2])}})
     parts = split(dataset, "xsub")
     assert parts.train.tolist() == [1, 3] and parts.test.tolist() == [2]
-    assert protocols(dataset) == ["xsub"]
+    assert protocols(dataset) == ["one-shot", "xsub"]
 
 
 def test_pku_subjects_come_from_a_list(tmp_path):
@@ -122,7 +124,7 @@ def test_missing_split_file(tmp_path):
 def test_unknown_protocol_lists_the_known(tmp_path):
     dataset = dataset_of(tmp_path, "nw-ucla", camera=NUMBERS % 3 + 1, subject=NUMBERS % 10 + 1)
     for wrong in ("xveiw", "xview:3", "xsub:ten"):
-        with pytest.raises(ValueError, match=r"\(xsub, xview, xview-clean\), got"):
+        with pytest.raises(ValueError, match=r"\(one-shot, xsub, xview, xview-clean\), got"):
             split(dataset, wrong)
 
 
@@ -192,11 +194,11 @@ def test_holdout_takes_whole_subjects(tmp_path):
 @pytest.mark.parametrize(
     ("source", "archive", "sizes"),
     [
-        ("utd-mhad", "utd_mhad/utd_mhad_skeleton_mat.tar.xz", {"xsub": (431, 430)}),
+        ("utd-mhad", "utd_mhad/utd_mhad_skeleton_mat.tar.xz", {"xsub": (431, 430), "one-shot": (573, 288)}),
         (
             "nw-ucla",
             "nw_ucla/nw_ucla_json.tar.xz",
-            {"xview": (1020, 464), "xview-clean": (1020, 369), "xsub": (1336, 148)},
+            {"xview": (1020, 464), "xview-clean": (1020, 369), "xsub": (1336, 148), "one-shot": (877, 607)},
         ),
     ],
 )
