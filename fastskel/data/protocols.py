@@ -127,7 +127,7 @@ def _ntu_120_one_shot(dataset: PackedDataset) -> NDArray[np.bool_]:
 @PROTOCOLS.register("utd-mhad/one-shot")
 @PROTOCOLS.register("nw-ucla/one-shot")
 def _every_third_class(dataset: PackedDataset) -> NDArray[np.bool_]:
-    return np.asarray(dataset.labels) % _NOVEL_EVERY != 0
+    return np.asarray(dataset.labels % _NOVEL_EVERY != 0)
 
 
 @PROTOCOLS.register("utkinect/xsub")
