@@ -32,6 +32,7 @@ class TuningOptions:
         milestones: Epochs of the schedule step; none for a constant step size.
         label_smoothing: Share of the target that is spread over all classes.
         drop_path: DropPath rate in training; by default the encoder's own.
+        start: First weights of the head: random, or those that the encoder's frozen features teach it (probe).
         frozen_epochs: First epochs that train the head alone.
     """
 
@@ -43,6 +44,7 @@ class TuningOptions:
     milestones: tuple[int, ...] = ()
     label_smoothing: float = 0.1
     drop_path: float | None = None
+    start: Literal["random", "probe"] = "random"
     frozen_epochs: int = 0
 
 

@@ -64,6 +64,8 @@ class Classifier(TunedModel):
         ValueError: If a number of frames is below 1.
     """
 
+    head: nn.Linear
+
     def __init__(self, encoder: Encoder, num_classes: int, *, frames: tuple[int, ...] | None = None, seed: int = 0) -> None:
         super().__init__()
         if frames is not None and (not frames or min(frames) < 1):

@@ -29,16 +29,16 @@ from torch.nn import functional
 from fastskel.atomic import atomic_write
 from fastskel.data.packed import PackedDataset
 from fastskel.data.protocols import Split
+from fastskel.evaluate.causal import causal_features
 from fastskel.evaluate.classifier import class_scores
 from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
-from fastskel.evaluate.features import FeatureSet, batches, frozen
+from fastskel.evaluate.features import FeatureSet
 from fastskel.evaluate.finetune import FinetuneConfig, fine_tune
 from fastskel.evaluate.linear import LinearConfig, linear_probe
 from fastskel.evaluate.metrics import class_metrics
 from fastskel.evaluate.report import write_results
-from fastskel.nn.pool import prefix_pool
 
-__all__ = ["RATIOS", "area", "causal_features", "evaluate_early", "first_frames", "observed"]
+__all__ = ["RATIOS", "area", "evaluate_early", "first_frames", "observed"]
 
 RATIOS = tuple(tenth / 10 for tenth in range(1, 11))
 # the reference's least prefix
@@ -94,32 +94,6 @@ def observed(evaluation: Evaluation, ratio: float) -> Evaluation:
 def _frames_of(ratio: float, frames: int) -> int:
     # rounded: 0.55 * 20 is a little more than 11
     return max(1, math.ceil(round(ratio * frames, 9)))
-
-
-def causal_features(evaluation: Evaluation, indices: NDArray[np.int64], frames: Sequence[int]) -> list[FeatureSet]:
-    """Pool the causal temporal tokens of clips (N,) up to some of their frames, all in one pass each.
-
-    Returns:
-        For each of R numbers of frames the maxima and means, (N, 2D).
-    Raises:
-        ValueError: If there is no encoder, or it has no causal mode.
-    """
-    encoder, device = evaluation.encoder, torch.device(evaluation.device)
-    if encoder is None:
-        raise ValueError("causal_features: encoder must be one with a causal mode, got raw coordinates. Leave out causal.")
-    chosen = torch.tensor(list(frames), device=device) - 1
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16")
-    parts: list[Tensor] = []
-    with frozen(encoder, device), mixed:
-        for batch in batches(
-            evaluation.dataset, evaluation.view, indices, evaluation.batch_size, evaluation.num_threads, evaluation.progress,
-            "causal features",
-        ):  # fmt: skip
-            tokens = encoder(batch.views[0].to(device), mode="causal").need("temporal", "early")
-            parts.append(prefix_pool(tokens)[:, chosen].float().cpu())
-    pooled = torch.cat(parts)
-    labels = evaluation.labels_of(indices)
-    return [FeatureSet(pooled[:, number], labels, torch.from_numpy(indices)) for number in range(len(frames))]
 
 
 def _probe_scores(

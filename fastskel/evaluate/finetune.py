@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,11 @@ from torch.nn import functional
 from fastskel.data.batch import View
 from fastskel.data.loader import Loader
 from fastskel.data.views import RandomCrop, ViewSpec
+from fastskel.evaluate.causal import causal_features
 from fastskel.evaluate.classifier import Classifier, ClassifierStore, class_scores, described_encoder
 from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
+from fastskel.evaluate.features import FeatureSet
+from fastskel.evaluate.logistic import logistic_probe
 from fastskel.evaluate.metrics import class_metrics, top_k_accuracy
 from fastskel.evaluate.training import set_drop_path, train_epoch, train_epochs, trainable_copy, training_identity
 from fastskel.train.stage import describe
@@ -54,6 +58,9 @@ class FinetuneConfig:
         decay: Factor of a milestone.
         label_smoothing: Share of the target that is spread over all classes.
         drop_path: DropPath rate of the encoder while it is trained; by default its own.
+        start: First weights of the layer: "random", or those of a "probe" of the encoder as it comes: logistic regression to
+            convergence, for frames the head that frozen features teach. A layer that starts at random spoils the encoder
+            before it says anything (Kumar et al., ICLR 2022).
         frozen_epochs: First epochs, in which only the linear layer is trained.
         crop: Least share of a clip that a random temporal crop keeps in training; by default it trains on the evaluation view.
         evaluate_every: Epochs between two readings of the test accuracy, for the record; the last is always read.
@@ -74,6 +81,7 @@ class FinetuneConfig:
     decay: float = 0.1
     label_smoothing: float = 0.1
     drop_path: float | None = None
+    start: Literal["random", "probe"] = "random"
     frozen_epochs: int = 0
     crop: float | None = None
     evaluate_every: int = 5
@@ -97,7 +105,7 @@ class FinetuneConfig:
             )
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"FinetuneConfig: learning_rate must be positive, got {self.learning_rate}. Try 0.001.")
-        for name, known in (("optimizer", ("adamw", "sgd")), ("schedule", ("cosine", "step"))):
+        for name, known in (("optimizer", ("adamw", "sgd")), ("schedule", ("cosine", "step")), ("start", ("random", "probe"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"FinetuneConfig: {name} must be one of {known}, got {getattr(self, name)!r}. Choose one.")
 
@@ -146,6 +154,24 @@ def _chosen(evaluation: Evaluation, indices: NDArray[np.int64] | None) -> NDArra
             f"{strange.tolist()[:5]} are not. Choose among evaluation.known('train')."
         )
     return chosen
+
+
+def _start_from_probe(classifier: Classifier, evaluation: Evaluation, train: NDArray[np.int64]) -> None:
+    """Give a classifier's layer the weights of the exact probe of its encoder's features of the clips (N,)."""
+    if classifier.frames is None:
+        rows = evaluation.features_of(train)
+    else:
+        # an observation is a row: one layer reads them all
+        sets = causal_features(evaluation, train, classifier.frames)
+        rows = FeatureSet(*(torch.cat([getattr(each, name) for each in sets]) for name in ("features", "labels", "index")))
+    head = classifier.head
+    probe = logistic_probe(
+        rows, rows, head.out_features, groups=evaluation.groups(rows.index), device=evaluation.device
+    )
+    with torch.no_grad():
+        head.weight.copy_(probe.weight)
+        # classes without training clips are at -inf, which no gradient leaves
+        head.bias.copy_(probe.bias.clamp_min(float(probe.bias[probe.bias.isfinite()].min())))
 
 
 def fine_tune(
@@ -229,7 +255,10 @@ def fine_tune(
         return row
 
     with loader:
-        history, path = train_epochs(classifier, config, store, one_epoch, resume=resume, progress=evaluation.progress)
+        history, path = train_epochs(
+            classifier, config, store, one_epoch, resume=resume, progress=evaluation.progress,
+            begin=partial(_start_from_probe, classifier, evaluation, train),
+        )  # fmt: skip
     # nothing is left to train of one that had ended
     return Finetuned(classifier, score() if scores is None else scores, history, train, test, path)
 

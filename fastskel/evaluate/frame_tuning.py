@@ -29,9 +29,24 @@ from fastskel.data.batch import DrawAddress, View, concat_views
 from fastskel.evaluate.classifier import ClassifierStore, TunedModel, described_encoder
 from fastskel.evaluate.evaluation import Evaluation
 from fastskel.evaluate.finetune import FinetuneConfig
-from fastskel.evaluate.frame_heads import FrameHead, FrameHeadConfig, class_weights, new_head, smoothing_loss
+from fastskel.evaluate.frame_heads import (
+    FrameHead,
+    FrameHeadConfig,
+    class_weights,
+    new_head,
+    smoothing_loss,
+    train_frame_head,
+)
 from fastskel.evaluate.training import set_drop_path, train_epoch, train_epochs, trainable_copy, training_identity
-from fastskel.evaluate.windows import Windows, check_window_view, frames_of, mean_over_windows, window_cuts, window_view
+from fastskel.evaluate.windows import (
+    Windows,
+    check_window_view,
+    frame_features,
+    frames_of,
+    mean_over_windows,
+    window_cuts,
+    window_view,
+)
 from fastskel.models.encoder import Encoder
 from fastskel.train.stage import describe
 
@@ -227,7 +242,16 @@ def fine_tune_frames(
             device=device, precision=evaluation.precision,
         )  # fmt: skip
 
-    history, path = train_epochs(model, config, store, one_epoch, resume=resume, progress=evaluation.progress, title=title)
+    def start_from_frozen() -> None:
+        own = replace(head, **{name: getattr(FrameHeadConfig, name) for name in TRAINING_SETTINGS if name != "seed"})
+        features = frame_features(evaluation, recordings, windows, task=task)
+        truth = [labels[clip] for clip in recordings.tolist()]
+        taught = train_frame_head(features, truth, len(class_names), own, device=device)
+        model.head.load_state_dict(taught.head.state_dict())
+
+    history, path = train_epochs(
+        model, config, store, one_epoch, begin=start_from_frozen, resume=resume, progress=evaluation.progress, title=title
+    )
     return TunedFrames(model, history, width, path)
 
 

@@ -142,8 +142,8 @@ def train_epoch(
 
 def train_epochs(
     model: TunedModel, config: FinetuneConfig, store: ClassifierStore,
-    one_epoch: Callable[[torch.optim.Optimizer, int], dict[str, Any]], *, resume: bool, progress: bool,
-    title: str = "fine-tuning",
+    one_epoch: Callable[[torch.optim.Optimizer, int], dict[str, Any]], *, begin: Callable[[], None], resume: bool,
+    progress: bool, title: str = "fine-tuning",
 ) -> tuple[list[dict[str, Any]], Path | None]:  # fmt: skip
     """Train a model of views (N, T, M, V, C) for the epochs that its store does not hold yet, and keep it there.
 
@@ -152,6 +152,7 @@ def train_epochs(
         config: Optimiser, epochs, how often to save.
         store: Where checkpoints go, if anywhere.
         one_epoch: Trains the epoch of that number; returns its row of the history.
+        begin: Gives the head the weights of a probe; for a training that asks for it and does not go on from a checkpoint.
         resume: Go on from the store's checkpoint, or begin where there is none.
         progress: Show a progress bar.
         title: Of the bar.
@@ -164,6 +165,8 @@ def train_epochs(
 
     optimizer = make_optimizer(model, config)
     history = store.load(model, optimizer, resume)
+    if not history and config.start == "probe":
+        begin()
     path = newest(store.folder) if store.folder is not None else None
     with tqdm(
         total=config.epochs, initial=len(history), desc=title, unit="epoch", disable=not progress, leave=False

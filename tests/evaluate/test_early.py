@@ -24,7 +24,8 @@ from fastskel.evaluate import (
     fine_tune,
     first_frames,
 )
-from fastskel.evaluate.early import area, causal_features, observed
+from fastskel.evaluate.causal import causal_features
+from fastskel.evaluate.early import area, observed
 from fastskel.models import DSTE, STTR
 
 FRAMES = 12

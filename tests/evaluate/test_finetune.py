@@ -15,6 +15,9 @@ import torch
 from fastskel.data.views import CenterCrop, eval_view
 from fastskel.evaluate import Evaluation, FinetuneConfig, class_scores, evaluate_finetune, fine_tune, load_classifier
 from fastskel.evaluate import finetune as loop
+from fastskel.evaluate.causal import causal_features
+from fastskel.evaluate.features import FeatureSet
+from fastskel.evaluate.logistic import logistic_probe
 from fastskel.evaluate.training import parameter_groups
 from fastskel.models import DSTE
 from fastskel.train import load_encoder
@@ -22,7 +25,7 @@ from fastskel.train import load_encoder
 VIEW = eval_view(frames=6)
 SPLIT = SimpleNamespace(train=np.arange(11), test=np.arange(11, 17))
 CONFIG = FinetuneConfig(
-    epochs=6, batch_size=4, learning_rate=0.01, warmup_epochs=1, evaluate_every=3, save_every=2, drop_path=0.2
+    epochs=6, batch_size=4, learning_rate=0.01, warmup_epochs=1, evaluate_every=3, save_every=2, drop_path=0.2, start="random"
 )
 
 
@@ -72,9 +75,9 @@ def test_it_is_a_function_of_its_settings(evaluation) -> None:
     assert not same(made[0].classifier, made[2].classifier)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_resuming_gives_the_same_bits(evaluation, tmp_path: Path, monkeypatch, optimizer: str) -> None:
-    config = replace(CONFIG, optimizer=optimizer, crop=0.3, frozen_epochs=1)
+@pytest.mark.parametrize(("optimizer", "start"), [("adamw", "probe"), ("sgd", "random")])
+def test_resuming_gives_the_same_bits(evaluation, tmp_path: Path, monkeypatch, optimizer: str, start: str) -> None:
+    config = replace(CONFIG, optimizer=optimizer, start=start, crop=0.3, frozen_epochs=1)
     whole = evaluate_finetune(evaluation, tmp_path / "whole", config=config)
     train = loop.train_epoch
 
@@ -96,6 +99,8 @@ def test_resuming_gives_the_same_bits(evaluation, tmp_path: Path, monkeypatch, o
         evaluate_finetune(evaluation, out, config=replace(config, learning_rate=1.0), resume=True)
     with pytest.raises(ValueError, match="must keep its settings, got other clips than in"):
         evaluate_finetune(evaluation, out, config=config, indices=SPLIT.train[:9], resume=True)
+    # where it goes on from is not where it began
+    monkeypatch.setattr(loop, "_start_from_probe", lambda *_: pytest.fail("a training that goes on begins again"))
     # how often it is read changes no bit
     resumed = evaluate_finetune(evaluation, out, config=replace(config, save_every=1), resume=True)
     assert resumed["history"] == whole["history"] and resumed["confusion"] == whole["confusion"]
@@ -112,6 +117,40 @@ def test_frozen_epochs_train_the_linear_layer_alone(evaluation) -> None:
     assert made.classifier.head.bias.abs().max() > 0
     assert all(parameter.requires_grad for parameter in made.classifier.parameters())
     assert not same(fine_tune(evaluation, replace(CONFIG, epochs=2, frozen_epochs=1)).classifier.encoder, evaluation.encoder)
+
+
+# steps too small to leave where the layer starts
+STILL = replace(CONFIG, epochs=1, learning_rate=1e-12, start="probe", drop_path=None)
+
+
+def test_a_layer_that_starts_from_a_probe_is_the_exact_one(evaluation) -> None:
+    train, test = evaluation.features()
+    exact = logistic_probe(train, test, 3)
+    made = fine_tune(evaluation, STILL)
+    torch.testing.assert_close(made.classifier.head.weight, exact.weight.float())
+    expected = test.features @ exact.weight.float().T + exact.bias.float()
+    torch.testing.assert_close(made.scores, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(made.scores.argmax(1), exact.predictions)
+
+
+def test_a_probe_knows_only_the_clips_that_are_trained_on(evaluation) -> None:
+    labels = evaluation.dataset.labels
+    few = SPLIT.train[labels[SPLIT.train] != 1]
+    made = fine_tune(evaluation, STILL, indices=few)
+    head = made.classifier.head
+    rows = evaluation.features_of(few)
+    exact = logistic_probe(rows, rows, 3)
+    torch.testing.assert_close(head.weight, exact.weight.float())
+    # the class that has no clip starts at zero weights, no better than any other, and can be learnt
+    assert head.weight[1].abs().max() < 1e-9 and head.bias.argsort()[:2].tolist().count(1) == 1
+    assert math.isfinite(made.history[0]["loss"])
+
+
+def test_a_probe_of_all_observations(evaluation) -> None:
+    made = fine_tune(evaluation, STILL, frames=(2, 6))
+    sets = causal_features(evaluation, SPLIT.train, (2, 6))
+    rows = FeatureSet(*(torch.cat([getattr(each, name) for each in sets]) for name in ("features", "labels", "index")))
+    torch.testing.assert_close(made.classifier.head.weight, logistic_probe(rows, rows, 3).weight.float())
 
 
 def test_steps_shrink_towards_the_input(evaluation) -> None:

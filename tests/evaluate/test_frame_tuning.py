@@ -33,7 +33,7 @@ from fastskel.evaluate import (
 )
 from fastskel.evaluate import frame_tuning as module
 from fastskel.evaluate.dense import frame_truth, true_segments
-from fastskel.evaluate.frame_heads import frame_probabilities, new_head
+from fastskel.evaluate.frame_heads import frame_probabilities, new_head, train_frame_head
 from fastskel.evaluate.frame_tuning import FrameClassifier, fine_tune_frames, tuned_probabilities
 from fastskel.evaluate.windows import window_view
 from fastskel.models import DSTE
@@ -225,6 +225,21 @@ def test_frozen_epochs_train_the_head_alone(data) -> None:
     made = tune(data, config=replace(QUICK, frozen_epochs=3, drop_path=None))
     assert same(made.model.encoder, encoder_of())
     assert not same(made.model.head, new_head(FrameHeadConfig(), 8, 4))
+
+
+@pytest.mark.parametrize("kind", ["linear", "tcn"])
+def test_a_head_that_starts_from_a_probe_is_that_of_frozen_features(kind: str, data) -> None:
+    given, head = evaluation(data), FrameHeadConfig(head=kind, epochs=7, hidden=8, layers=2, seed=5)
+    still = replace(QUICK, epochs=1, learning_rate=1e-12, start="probe", drop_path=0.0)
+    made = tune(data, config=still, given=given, head=head)
+    labels = labels_of(data)
+    frozen = frame_features(given, np.arange(3))
+    # a fine-tuning's own epochs, steps and seed are not those of the head it starts from
+    own = FrameHeadConfig(kind, 8, 2, seed=still.seed)
+    taught = train_frame_head(frozen, [labels[clip] for clip in range(3)], len(NAMES), own)
+    assert made.model.head.deviation.std() > 0
+    for name, value in taught.head.state_dict().items():
+        torch.testing.assert_close(made.model.head.state_dict()[name], value)
 
 
 def test_test_recordings_are_never_trained_on(data, tmp_path: Path) -> None:
