@@ -25,6 +25,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -144,19 +145,35 @@ def _finetune(evaluation: Evaluation, seed: int) -> Metrics:
     return {"top1": TASKS["finetune"].run(evaluation, config=FinetuneConfig(seed=seed))["top1"]}
 
 
+def _of_detection(found: Mapping[str, Any]) -> Metrics:
+    return {name: found[name] for name in ("map_action", "map_video", "interpolated_map_action", "f1")}
+
+
+def _of_segmentation(found: Mapping[str, Any]) -> Metrics:
+    return {name: found[name] for name in ("accuracy", "majority_accuracy", "edit", "f1@10", "f1@25", "f1@50")}
+
+
 def _detect(evaluation: Evaluation, seed: int) -> Metrics:
     config = DenseConfig(leave_one_out=evaluation.protocol, head=FrameHeadConfig(seed=seed))
-    found = TASKS["detect"].run(evaluation, config=config)
-    return {name: found[name] for name in ("map_action", "map_video", "interpolated_map_action", "f1")}
+    return _of_detection(TASKS["detect"].run(evaluation, config=config))
 
 
 def _segment(head: Literal["linear", "tcn"]) -> Callable[[Evaluation, int], Metrics]:
     def run(evaluation: Evaluation, seed: int) -> Metrics:
         config = DenseConfig(leave_one_out=evaluation.protocol, head=FrameHeadConfig(head=head, seed=seed))
-        found = TASKS["segment"].run(evaluation, config=config)
-        return {name: found[name] for name in ("accuracy", "majority_accuracy", "edit", "f1@10", "f1@25", "f1@50")}
+        return _of_segmentation(TASKS["segment"].run(evaluation, config=config))
 
     return run
+
+
+def _tuned_frames(evaluation: Evaluation, seed: int) -> Metrics:
+    """Detection and segmentation by the same fine-tunings, one for each fold."""
+    config, tuning = DenseConfig(leave_one_out=evaluation.protocol), FinetuneConfig(seed=seed)
+    with TemporaryDirectory() as folder:
+        detected = TASKS["detect"].run(evaluation, folder, config=config, finetune_config=tuning)
+        # nothing is left to train
+        segmented = TASKS["segment"].run(evaluation, folder, config=config, finetune_config=tuning, resume=True)
+    return {**_of_detection(detected), **_of_segmentation(segmented)}
 
 
 TRIALS: Mapping[str, Trial] = {
@@ -175,6 +192,7 @@ TRIALS: Mapping[str, Trial] = {
     "detect": Trial(_detect, untrimmed=True),
     "segment": Trial(_segment("linear"), untrimmed=True),
     "segment-tcn": Trial(_segment("tcn"), untrimmed=True),
+    "frames-tuned": Trial(_tuned_frames, trains=True, untrimmed=True),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from fastskel.bench import downstream
 from fastskel.data import make_synthetic, open_dataset, pack_arrays
 from fastskel.data.packed import PackedDataset
 from fastskel.data.protocols import split
-from fastskel.evaluate import Evaluation, Task
+from fastskel.evaluate import Evaluation, FinetuneConfig, Task, frame_tuning, training
 
 TINY = ["epochs=1", "width=16", "frames=16", "batch_size=8", "warmup_steps=0", "milestones=()", "precision=fp32"]
 WHO = ["raw coordinates", "raw, aligned", "untrained encoder", "pretrained encoder"]
@@ -67,7 +68,9 @@ def test_other_data_are_adapted(source: PackedDataset, tmp_path: Path) -> None:
     assert [(row["data"], row["features"]) for row in rows] == [("other", who) for who in WHO]
 
 
-def test_untrimmed_recordings_leave_each_value_of_a_column_out(source: PackedDataset, tmp_path: Path) -> None:
+def test_untrimmed_recordings_leave_each_value_of_a_column_out(
+    source: PackedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = np.random.default_rng(0)
     clips = [generator.normal(size=(60, 1, source.topology.num_joints, 3)).astype(np.float32) for _ in range(4)]
     segments = [(clip, clip % 2, 10, 40) for clip in range(4)]
@@ -75,9 +78,21 @@ def test_untrimmed_recordings_leave_each_value_of_a_column_out(source: PackedDat
         clips, out=tmp_path / "long", topology=source.topology, segments=segments, class_names=["a", "b"],
         columns={"subject": [0, 0, 1, 1]}, num_bodies=source.num_bodies_max, source="long",
     )  # fmt: skip
-    rows = tried(source, recordings, "subject", ["detect", "segment"], tmp_path)
+    trained = []
+    real = training.train_epoch
+
+    def counted(*arguments: object, **options: object) -> dict:
+        trained.append(arguments[4])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(frame_tuning, "train_epoch", counted)
+    monkeypatch.setattr(downstream, "FinetuneConfig", partial(FinetuneConfig, epochs=2, warmup_epochs=0))
+    rows = tried(source, recordings, "subject", ["detect", "segment", "frames-tuned"], tmp_path)
     assert {row["protocol"] for row in rows} == {"subject"}
-    assert [row["task"] for row in rows] == ["detect", "segment"] * 4
+    assert [row["task"] for row in rows] == ["detect", "segment"] * 2 + ["detect", "segment", "frames-tuned"] * 2
+    assert set(rows[-1]["metrics"]) == {*rows[-2]["metrics"], *rows[-3]["metrics"]}
+    # two encoders, two folds, two epochs, for both tasks together
+    assert trained == [0, 1] * 4
 
 
 def test_unseen_classes_are_told_by_words_each_once(
