@@ -343,22 +343,38 @@ def measure_streams(
     return rows
 
 
+def _cell(seeds: Mapping[int, Sequence[float]] | None) -> str:
+    """Mean and deviation over seeds, in percent, if they differ; a seed with several parts counts with their mean."""
+    if seeds is None:
+        return ""
+    values = [100 * statistics.mean(parts) for parts in seeds.values()]
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean and deviation over the seeds, in percent; of several test parts of a data set, each seed counts with their mean."""
-    groups: dict[tuple[str, ...], dict[int, list[Metrics]]] = {}
+    """Mean and deviation over the seeds, in percent: a table for each training and test part, a column for each contender.
+
+    Test parts that differ in a last number alone, such as folds, are parts of one.
+    """
+    tables: dict[str, dict[str, dict[str, dict[int, list[float]]]]] = {}
     for row in rows:
-        place = (row["data"], row["task"], f"{row['trained_on']} {row['tag']}".strip(), row["features"])
-        groups.setdefault(place, {}).setdefault(row["seed"], []).append(row["metrics"])
-    lines = []
-    for place, seeds in groups.items():
-        cells = []
-        for metric in next(iter(seeds.values()))[0]:
-            values = [100 * statistics.mean(part[metric] for part in parts) for parts in seeds.values()]
-            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{metric} {statistics.mean(values):.1f}{deviation}")
-        parts = {len(parts) for parts in seeds.values()}
-        lines.append("  ".join([*place, f"[{len(seeds)} seeds, {'/'.join(map(str, sorted(parts)))} parts]", *cells]))
-    return "\n".join(lines)
+        # of streams, the contender comes first and what it looks at second
+        who, _, stream = row["features"].rpartition(", ") if row["task"] == "streams" else (row["features"], "", "")
+        trained_on = f"{row['trained_on']} {row['tag']}".strip()
+        title = f"{row['data']} {row['protocol'].rstrip('0123456789')}, trained on {trained_on}"
+        for metric, value in row["metrics"].items():
+            line = " ".join(part for part in (row["task"], stream, metric) if part)
+            tables.setdefault(title, {}).setdefault(line, {}).setdefault(who, {}).setdefault(row["seed"], []).append(value)
+    text = []
+    for title, lines in tables.items():
+        columns = list(dict.fromkeys(who for cells in lines.values() for who in cells))
+        text += [f"{title}:", "", f"| | {' | '.join(columns)} | seeds |", "|---" * (len(columns) + 2) + "|"]
+        for line, cells in lines.items():
+            counts = sorted({len(seeds) for seeds in cells.values()})
+            text.append(f"| {line} | {' | '.join(_cell(cells.get(who)) for who in columns)} | {'/'.join(map(str, counts))} |")
+        text.append("")
+    return "\n".join(text)
 
 
 def _target(text: str) -> tuple[PackedDataset, list[str]]:
