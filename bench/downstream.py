@@ -168,7 +168,9 @@ def _segment(head: Literal["linear", "tcn"]) -> Callable[[Evaluation, int], Metr
 
 def _tuned_frames(evaluation: Evaluation, seed: int) -> Metrics:
     """Detection and segmentation by the same fine-tunings, one for each fold."""
-    config, tuning = DenseConfig(leave_one_out=evaluation.protocol), FinetuneConfig(seed=seed)
+    # a training for every fold
+    tuning = FinetuneConfig(seed=seed, epochs=20, warmup_epochs=2)
+    config = DenseConfig(leave_one_out=evaluation.protocol)
     with TemporaryDirectory() as folder:
         detected = TASKS["detect"].run(evaluation, folder, config=config, finetune_config=tuning)
         # nothing is left to train

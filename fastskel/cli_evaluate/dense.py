@@ -44,7 +44,7 @@ class TuningOptions:
     milestones: tuple[int, ...] = ()
     label_smoothing: float = 0.1
     drop_path: float | None = None
-    start: Literal["random", "probe"] = "random"
+    start: Literal["random", "probe"] = "probe"
     frozen_epochs: int = 0
 
 

@@ -38,11 +38,11 @@ __all__ = ["FinetuneConfig", "Finetuned", "evaluate_finetune", "fine_tune"]
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Optimiser and schedule of a fine-tuning. The defaults are fixed: they were chosen on no test set.
+    """Optimiser and schedule of a fine-tuning. The defaults are fixed: they were chosen on training subjects held out.
 
     The reference publishes no settings for recognition. Those of its detection, which fine-tunes the whole network, are
     `FinetuneConfig(epochs=150, batch_size=512, optimizer="sgd", learning_rate=0.005, layer_decay=1.0, weight_decay=0.0,
-    warmup_epochs=0, schedule="step", milestones=(), label_smoothing=0.0, drop_path=0.0)`.
+    warmup_epochs=0, schedule="step", milestones=(), label_smoothing=0.0, drop_path=0.0, start="random")`.
 
     Attributes:
         epochs: Passes over the training clips.
@@ -81,7 +81,7 @@ class FinetuneConfig:
     decay: float = 0.1
     label_smoothing: float = 0.1
     drop_path: float | None = None
-    start: Literal["random", "probe"] = "random"
+    start: Literal["random", "probe"] = "probe"
     frozen_epochs: int = 0
     crop: float | None = None
     evaluate_every: int = 5

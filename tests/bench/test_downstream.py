@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +85,8 @@ def test_untrimmed_recordings_leave_each_value_of_a_column_out(
         return real(*arguments, **options)
 
     monkeypatch.setattr(frame_tuning, "train_epoch", counted)
-    monkeypatch.setattr(downstream, "FinetuneConfig", partial(FinetuneConfig, epochs=2, warmup_epochs=0))
+    short = {"epochs": 2, "warmup_epochs": 0}
+    monkeypatch.setattr(downstream, "FinetuneConfig", lambda **given: FinetuneConfig(**{**given, **short}))
     rows = tried(source, recordings, "subject", ["detect", "segment", "frames-tuned"], tmp_path)
     assert {row["protocol"] for row in rows} == {"subject"}
     assert [row["task"] for row in rows] == ["detect", "segment"] * 2 + ["detect", "segment", "frames-tuned"] * 2

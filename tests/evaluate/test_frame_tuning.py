@@ -44,8 +44,9 @@ from fastskel.train.checkpoint import save_checkpoint, weights
 T = 8
 NAMES = ["background", "lift", "wave", "kick"]
 CONFIG = FinetuneConfig(
-    epochs=4, batch_size=16, learning_rate=0.02, warmup_epochs=1, layer_decay=1.0, weight_decay=0.0, drop_path=0.0
-)
+    epochs=4, batch_size=16, learning_rate=0.02, warmup_epochs=1, layer_decay=1.0, weight_decay=0.0, drop_path=0.0,
+    start="random",
+)  # fmt: skip
 # two steps an epoch at a place where every step counts
 QUICK = replace(CONFIG, epochs=3, batch_size=40, drop_path=0.2, save_every=1)
 BOTH = pytest.mark.parametrize("evaluate", [evaluate_detection, evaluate_segmentation], ids=["detect", "segment"])
@@ -359,7 +360,7 @@ def test_an_encoder_of_another_skeleton(data, tmp_path: Path) -> None:
 
 PUBLISHED = (
     "--epochs 150 --batch-size 512 --optimizer sgd --learning-rate 0.005 --layer-decay 1 --weight-decay 0 --warmup-epochs 0 "
-    "--schedule step --label-smoothing 0 --drop-path 0"
+    "--schedule step --label-smoothing 0 --drop-path 0 --start random"
 )
 
 
@@ -393,7 +394,7 @@ def test_the_published_settings_can_be_asked_for(data, tmp_path: Path, monkeypat
     # as the documentation of FinetuneConfig has it
     published = FinetuneConfig(
         epochs=150, batch_size=512, optimizer="sgd", learning_rate=0.005, layer_decay=1.0, weight_decay=0.0, warmup_epochs=0,
-        schedule="step", milestones=(), label_smoothing=0.0, drop_path=0.0,
+        schedule="step", milestones=(), label_smoothing=0.0, drop_path=0.0, start="random",
     )  # fmt: skip
     assert asked[0][0] == published and {published.rate(step, 7) for step in range(150 * 7)} == {0.005}
     assert asked[0][1].name.startswith("detect-leave-one-subject-out-packed-linear-epochs150-lr0.005-fine-tuned-")

@@ -40,7 +40,7 @@ NOT_SETTINGS = {"run", "data", "paths", "common", "resume", "settings"}
 TUNED = {
     "epochs": 60, "batch_size": 8, "optimizer": "sgd", "learning_rate": 0.1, "layer_decay": 1.0, "weight_decay": 0.0,
     "momentum": 0.5, "warmup_epochs": 0.0, "schedule": "step", "milestones": (3, 5), "decay": 0.5, "label_smoothing": 0.0,
-    "drop_path": 0.0, "frozen_epochs": 1, "crop": 0.5, "evaluate_every": 1, "seed": 1,
+    "drop_path": 0.0, "frozen_epochs": 1, "start": "random", "crop": 0.5, "evaluate_every": 1, "seed": 1,
 }  # fmt: skip
 
 
