@@ -204,7 +204,7 @@ def _without_values(stage: Stage, gpu: bool) -> Iterator[None]:
             stack.enter_context(mock.patch.object(DSTE, "_drops", drops))
         if gpu:
             # a GPU takes whole matrices; blocks are for the caches of a CPU
-            blocks = ("kernels.decorrelation.BLOCK_ELEMENTS", "kernels.decorrelation.LEAF_ROWS")
+            blocks = ("kernels._decorrelation_pass.BLOCK_ELEMENTS", "kernels._decorrelation_pass.LEAF_ROWS")
             for size in (*blocks, "objectives.functional.BLOCK_ELEMENTS"):
                 stack.enter_context(mock.patch(f"fastskel.{size}", UNLIMITED))
         yield

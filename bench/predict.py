@@ -93,7 +93,7 @@ def _own_step(counter: Counter, batch: int, kernels: str) -> None:
         # not through its operator, which hides what it launches
         stack.enter_context(mock.patch("fastskel.objectives.functional.decorrelate", decorrelate_torch))
         # a GPU takes whole matrices; blocks are for the caches of the CPU that counts here
-        for size in ("kernels.decorrelation.BLOCK_ELEMENTS", "kernels.decorrelation.LEAF_ROWS"):
+        for size in ("kernels._decorrelation_pass.BLOCK_ELEMENTS", "kernels._decorrelation_pass.LEAF_ROWS"):
             stack.enter_context(mock.patch(f"fastskel.{size}", 1 << 62))
         stack.enter_context(mock.patch("fastskel.objectives.functional.BLOCK_ELEMENTS", 1 << 62))
         stack.enter_context(mock.patch.object(DSTE, "_drops", return_value=(drops, drops)))

@@ -22,11 +22,11 @@ from fastskel.kernels._dense_shift_tiles import (
     check_tokens,
     hidden_block,
     load_square,
-    product,
     row_of,
     shifted_tile,
     token_block,
 )
+from fastskel.kernels._product import product
 from torch import Tensor
 
 __all__ = ["dense_shift_backward", "dense_shift_backward_cost"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastskel.kernels._backend import INTERPRETED, jit, tl
+from fastskel.kernels._backend import jit, tl
+from fastskel.kernels._product import product
 
 __all__ = [
     "CASE_BYTES",
@@ -12,7 +13,6 @@ __all__ = [
     "check_tokens",
     "hidden_block",
     "load_square",
-    "product",
     "row_of",
     "shifted_tile",
     "token_block",
@@ -23,8 +23,6 @@ MAX_TOKENS = 192
 MAX_BLOCK_S = 64
 # programs of one multiprocessor: while one waits for memory, the other computes
 OCCUPANCY = 2
-# the interpreter multiplies the bits of bfloat16 as integers; products of widened operands are the same
-WIDEN = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
 # of compile cases: sequences of a step, four views of a batch of 356, and bytes of types
 CASE_SEQUENCES = 4 * 356
 CASE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -58,15 +56,6 @@ def load_square(p_matrix, o_row, o_col, m_row, stride, S: tl.constexpr):
     """Load a block of an (S, S) matrix, zero outside and in rows without a mask."""
     mask = m_row[:, None] & (o_col < S)[None, :]
     return tl.load(p_matrix + o_row[:, None] * stride + o_col[None, :], mask=mask, other=0.0)
-
-
-@jit()
-def product(b_left, b_right, b_sum):
-    """Add the product of two tiles to a float32 tile."""
-    if WIDEN:
-        b_left = b_left.to(tl.float32)
-        b_right = b_right.to(tl.float32)
-    return tl.dot(b_left, b_right, b_sum, input_precision="ieee")
 
 
 @jit()

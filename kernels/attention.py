@@ -15,17 +15,14 @@ import math
 from typing import Any
 
 import torch
-from fastskel.kernels._backend import INTERPRETED, OPTIONS, cpu_kernel, device_of, jit, tl
-from fastskel.kernels.attention_backward import (
+from fastskel.kernels._attention_tiles import (
     MAX_TOKENS,
     SHAPES,
     SIZES,
     STRIDES,
-    attention_backward,
     attention_cost,
     choose_blocks,
     compile_case,
-    dot,
     empty_heads,
     load_rows,
     place,
@@ -34,6 +31,9 @@ from fastskel.kernels.attention_backward import (
     store_rows,
     strides_of,
 )
+from fastskel.kernels._backend import INTERPRETED, OPTIONS, cpu_kernel, device_of, jit, tl
+from fastskel.kernels._product import product
+from fastskel.kernels.attention_backward import attention_backward
 from fastskel.kernels.reference.attention import attention_forward as attention_forward_reference
 from fastskel.kernels.reference.attention_backward import attention_backward as attention_backward_reference
 from torch import Tensor
@@ -113,7 +113,7 @@ def _attention_fwd_kernel(
         i_c = i_chunk * BLOCK_C
         b_q = load_rows(p_qh, q_s * UNIT, i_q, m_q, i_c, C, BLOCK_C)
         b_k = load_rows(p_kh, k_s * UNIT, i_k, m_k, i_c, C, BLOCK_C)
-        b_s = dot(b_q, tl.trans(b_k), b_s)
+        b_s = product(b_q, tl.trans(b_k), b_s)
     b_s = b_s * scale
     b_max = tl.max(tl.where(m_k[None, :], b_s, float("-inf")), 1)
     # chosen after the difference: without any key, that of two infinities would not be a number
@@ -129,7 +129,7 @@ def _attention_fwd_kernel(
         # last chunk first: of shared keys it is the likeliest to be cached
         i_c = (num_chunks - 1 - i_back) * BLOCK_C
         b_v = load_rows(p_vh, v_s * UNIT, i_k, m_k, i_c, C, BLOCK_C)
-        store_rows(p_outh, row, i_q, m_q, i_c, dot(b_p, b_v, None), C, BLOCK_C)
+        store_rows(p_outh, row, i_q, m_q, i_c, product(b_p, b_v, None), C, BLOCK_C)
     tl.store(p_lse + (i_n * num_heads + i_h) * num_tokens + i_q, b_max + tl.log(b_total), mask=m_q)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 from fastskel.kernels._backend import OPTIONS, CompileCase, Cost, cpu_kernel, device_of, jit, num_processors, tl
-from fastskel.kernels._dense_shift_tiles import product
+from fastskel.kernels._product import product
 from fastskel.kernels.reference.nearest import nearest as nearest_reference
 from torch import Tensor
 

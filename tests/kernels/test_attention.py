@@ -134,7 +134,7 @@ def test_reads_any_layout(layout: str, device: torch.device, monkeypatch: pytest
         "distant": lambda t: t,
     }
     if layout == "distant":
-        monkeypatch.setattr("fastskel.kernels.attention_backward.MAX_ROW_STRIDE", 10)
+        monkeypatch.setattr("fastskel.kernels._attention_tiles.MAX_ROW_STRIDE", 10)
     inputs = [changes[layout](t) for t in (q, k, v)]
     expected = attention(*(t.clone(memory_format=torch.contiguous_format) for t in inputs))
     # narrower loads may come with another order of sums

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from fastskel.kernels import attention_backward as module
+from fastskel.kernels._attention_tiles import choose_blocks
 from fastskel.kernels.attention import attention, attention_forward
-from fastskel.kernels.attention_backward import attention_backward, choose_blocks
+from fastskel.kernels.attention_backward import attention_backward
 from fastskel.kernels.reference.attention import attention_forward as attention_forward_reference
 from fastskel.kernels.reference.attention_backward import attention_backward as attention_backward_reference
 from torch import Tensor

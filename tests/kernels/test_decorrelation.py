@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from fastskel.kernels import _decorrelation_pass as pass_module
 from fastskel.kernels import _decorrelation_triton as triton_module
-from fastskel.kernels import decorrelation as kernel_module
 from fastskel.kernels.decorrelation import (
     Energies,
     Forms,
@@ -224,7 +224,7 @@ def test_no_matrix_of_features_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [shape for shape in gram.shapes if shape.count(width) > 1]
     # one matrix N x N for each view, none for each pair of views
     assert max(torch.Size(shape).numel() for shape in gram.shapes if shape.count(rows) > 1) == num_views * rows**2
-    monkeypatch.setattr(kernel_module, "PANEL", 48)
+    monkeypatch.setattr(pass_module, "PANEL", 48)
     with Sizes() as direct:
         decorrelate_torch(z, Options(), weights, Forms("direct", "direct"))
     assert (48, width) in direct.shapes
