@@ -7,14 +7,13 @@ reference before they are timed. Providers run one after another here, not in tu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fastskel.bench import encoder, loader, loss, training
-from fastskel.bench.harness import relative_l2
+from fastskel.bench.harness import Timed, relative_l2
 from fastskel.bench.providers import Provider, Setting, autocast, build, gate
 from fastskel.bench.reference.feeder import Feeder
 from torch import Tensor
@@ -25,8 +24,6 @@ STEP: dict[str, Any] = dict(batch=6, width=32, frames=16, joints=5) if QUICK els
 LOSS_ROWS, LOSS_WIDTHS = (6, (16, 16, 32)) if QUICK else (64, loss.WIDTHS)
 CLIPS = 10 if QUICK else 800
 PRECISION = "bf16"
-
-Timed = Callable[..., None]
 
 
 def _encoder(name: str, device: torch.device) -> tuple[Provider, Provider, tuple[Tensor, Tensor], str]:

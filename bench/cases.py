@@ -63,7 +63,9 @@ class Case:
         """Return the words after `python` that write its results to a file."""
         options = self.smoke if smoke else self.arguments
         if self.is_pytest:
-            return ["-m", "pytest", "-q", str(KERNELS), *PYTEST, f"--benchmark-json={out}", *options]
+            # the fixtures lie beside the kernels' folder
+            where = (str(KERNELS), "--confcutdir", str(KERNELS.parent))
+            return ["-m", "pytest", "-q", *where, *PYTEST, f"--benchmark-json={out}", *options]
         return ["-m", f"fastskel.bench.{self.module}", "--out", str(out), *options]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastskel.bench.harness import Timed, waiting
 
 __all__ = ["device", "timed"]
 
@@ -18,17 +19,16 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def timed(benchmark: Any, device: torch.device) -> Callable[..., None]:
-    """Time a call in a group of providers, until the device is done; further keywords go into the results."""
+def timed(benchmark: Any, device: torch.device) -> Timed:
+    """Time a call in a group of providers, until the device is done; further keywords go into the results.
 
-    def time(group: str, call: Callable[[], object], **extra: Any) -> None:
-        def done() -> None:
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+    Returns the median in seconds, or None where nothing is timed, as with --benchmark-disable.
+    """
 
+    def time(group: str, call: Callable[[], object], **extra: Any) -> float | None:
         benchmark.group = group
         benchmark.extra_info.update(extra)
-        benchmark(done)
+        benchmark(waiting(call, device))
+        return None if benchmark.stats is None else float(benchmark.stats.stats.median)
 
     return time

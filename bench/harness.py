@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,11 +29,15 @@ from fastskel.atomic import atomic_write
 from fastskel.provenance import provenance
 
 __all__ = [
-    "CPU_ATTENTION", "NOISY", "PROCESS_NOISE", "Timing", "append_rows", "compare", "device_name", "flops", "held_bytes",
+    "CPU_ATTENTION", "NOISY", "PROCESS_NOISE", "Timed", "Timing", "append_rows", "compare", "device_name", "flops", "held_bytes",
     "median_interval", "origin", "peak_bytes", "quantiles", "relative_l2", "resident_bytes", "saved_bytes", "timings",
+    "waiting",
 ]  # fmt: skip
 
 Call = Callable[[], object]
+# the fixture `timed` of bench/conftest.py: times a call, by its group
+Timed = Callable[..., float | None]
+Result = TypeVar("Result")
 LOW, HIGH = 0.2, 0.8
 # fewer have no quantiles worth the name; also what a case gets that overruns its limit
 MIN_ROUNDS = 3
@@ -102,6 +106,17 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def waiting(call: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
+    """Make a call return when the device is done."""
+
+    def run() -> Result:
+        result = call()
+        _wait(device)
+        return result
+
+    return run
 
 
 def _milliseconds(call: Call, device: torch.device, clock: Callable[[], float]) -> float:

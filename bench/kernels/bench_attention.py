@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from fastskel.bench.harness import Timed, waiting
 from fastskel.kernels._backend import INTERPRETED
 from fastskel.kernels.attention import attention_cost, attention_forward
 from fastskel.kernels.reference.attention import attention_forward as attention_forward_reference
@@ -116,24 +117,12 @@ def error_of(value: Tensor, expected: Tensor) -> float:
     return float((value.float() - expected.float()).norm() / expected.float().norm())
 
 
-def waiting(call: Callable[[], Any]) -> Callable[[], Any]:
-    """Make a call return when the device is done."""
-
-    def run() -> Any:
-        result = call()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        return result
-
-    return run
-
-
 @functools.cache
 def copy_bandwidth() -> float:
     """Measure bytes read and written a second by a copy."""
     source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    copy = waiting(lambda: target.copy_(source))
+    copy = waiting(lambda: target.copy_(source), DEVICE)
     times = []
     for _ in range(12):
         begin = time.perf_counter()
@@ -142,11 +131,10 @@ def copy_bandwidth() -> float:
     return 2 * COPIED_BYTES / statistics.median(times[2:])
 
 
-def report(benchmark: Any, case: Case, backward: bool) -> None:
-    """Add what the cost function says was achieved."""
-    if benchmark.stats is None:
+def report(benchmark: Any, seconds: float | None, case: Case, backward: bool) -> None:
+    """Add what the cost function says was achieved, where something was timed."""
+    if seconds is None:
         return
-    seconds = benchmark.stats.stats.median
     cost = attention_cost(case.size, DTYPE, shared=case.shared, backward=backward)
     benchmark.extra_info.update(
         gigabytes_per_second=cost.bytes / seconds / 1e9,
@@ -159,8 +147,11 @@ def setup(case: Case, provider: str) -> Callable[[], Tensor]:
     """Prepare the forward pass of one provider, checked against the reference."""
     inputs = make(case)
     function = function_of(provider)
-    call = waiting(lambda: function(inputs.q, inputs.k, inputs.v, inputs.scale))
-    out = skip_if_refused(provider, call)
+
+    def call() -> Tensor:
+        return function(inputs.q, inputs.k, inputs.v, inputs.scale)
+
+    out = skip_if_refused(provider, waiting(call, DEVICE))
     # in parts: the reference keeps its scores, and everything in float32
     for rows in torch.arange(case.size[0]).split(64):
         part = [None if t is None else t[rows] for t in inputs[:3]]
@@ -171,10 +162,8 @@ def setup(case: Case, provider: str) -> Callable[[], Tensor]:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def bench_attention(benchmark: Any, case: Case, provider: str) -> None:
+def bench_attention(benchmark: Any, timed: Timed, case: Case, provider: str) -> None:
     """Time one provider's forward pass; reports GB/s, the share of a copy's, and TFLOP/s."""
     with torch.no_grad():
-        call = setup(case, provider)
-        benchmark.group = f"attention {case} forward"
-        benchmark(call)
-    report(benchmark, case, backward=False)
+        seconds = timed(f"attention {case} forward", setup(case, provider))
+    report(benchmark, seconds, case, backward=False)

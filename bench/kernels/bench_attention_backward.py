@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch._functorch.config
+from fastskel.bench.harness import Timed, waiting
 from fastskel.bench.kernels.bench_attention import (
     CASES,
+    DEVICE,
     PROVIDERS,
     TOLERANCE,
     Case,
@@ -21,7 +23,6 @@ from fastskel.bench.kernels.bench_attention import (
     make,
     report,
     skip_if_refused,
-    waiting,
 )
 from fastskel.kernels.attention import attention_backward, attention_forward
 from fastskel.kernels.reference.attention import attention_forward as attention_forward_reference
@@ -32,7 +33,7 @@ from torch import Tensor
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def setup(case: Case, provider: str) -> Callable[[], tuple[Tensor, ...]]:
+def setup(case: Case, provider: str) -> Callable[[], tuple[Tensor | None, ...]]:
     """Prepare the backward pass of one provider after its forward pass, checked against the reference."""
     q, k, v, grad, scale = make(case)
     function = function_of(provider)
@@ -40,12 +41,17 @@ def setup(case: Case, provider: str) -> Callable[[], tuple[Tensor, ...]]:
     if provider == "triton":
         with torch.no_grad():
             _, lse = attention_forward(q, k, v, None, scale)
-        call = waiting(lambda: attention_backward(grad, q.detach(), k.detach(), v, lse, None, scale))
+
+        def call() -> tuple[Tensor | None, ...]:
+            return attention_backward(grad, q.detach(), k.detach(), v, lse, None, scale)
     else:
         out = skip_if_refused(provider, lambda: function(q, k, v, scale))
-        call = waiting(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
+
+        def call() -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
     # a fused operator may refuse its backward pass only
-    gradients = [t for t in skip_if_refused(provider, call) if t is not None]
+    gradients = [t for t in skip_if_refused(provider, waiting(call, DEVICE)) if t is not None]
     with torch.no_grad():
         # in parts: the reference keeps its scores, and everything in float32
         for rows in torch.arange(case.size[0]).split(64):
@@ -59,11 +65,9 @@ def setup(case: Case, provider: str) -> Callable[[], tuple[Tensor, ...]]:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def bench_attention_backward(benchmark: Any, case: Case, provider: str) -> None:
+def bench_attention_backward(benchmark: Any, timed: Timed, case: Case, provider: str) -> None:
     """Time one provider's backward pass; reports GB/s, the share of a copy's, and TFLOP/s."""
     # the graph of one forward pass is gone through many times
     with torch._functorch.config.patch(donated_buffer=False):
-        call = setup(case, provider)
-        benchmark.group = f"attention {case} backward"
-        benchmark(call)
-    report(benchmark, case, backward=True)
+        seconds = timed(f"attention {case} backward", setup(case, provider))
+    report(benchmark, seconds, case, backward=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastskel.bench.harness import Timed
 from fastskel.kernels.augment import augment_cost, augment_views, view_tables
 from fastskel.kernels.philox import philox_words
 from torch import Tensor
@@ -118,7 +119,9 @@ def dataset() -> PackedDataset:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case, dtype", CASES, ids=lambda value: str(value).removeprefix("torch."))
-def bench_augment(benchmark: Any, dataset: PackedDataset, case: str, dtype: torch.dtype, provider: str) -> None:
+def bench_augment(
+    benchmark: Any, timed: Timed, dataset: PackedDataset, case: str, dtype: torch.dtype, provider: str
+) -> None:
     """Time the views of a batch after checking them; reports GB/s of clips read once and views written."""
     if provider == "triton" and not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -130,13 +133,7 @@ def bench_augment(benchmark: Any, dataset: PackedDataset, case: str, dtype: torc
         expected = setup(dataset, case, dtype, "numpy")().float()
         torch.testing.assert_close(call().float().cpu(), expected, atol=1e-4, rtol=torch.finfo(dtype).eps)
 
-    def timed() -> None:
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    benchmark.group = f"augment {case} N={SIZES[1]} W={SIZES[2]} {str(dtype).removeprefix('torch.')}"
-    benchmark(timed)
-    if benchmark.stats is not None:
+    seconds = timed(f"augment {case} N={SIZES[1]} W={SIZES[2]} {str(dtype).removeprefix('torch.')}", call)
+    if seconds is not None:
         chosen = np.random.default_rng(1).permutation(len(dataset))[: SIZES[1]]
-        benchmark.extra_info["gigabytes_per_second"] = cost_of(dataset, chosen, dtype) / benchmark.stats.stats.median / 1e9
+        benchmark.extra_info["gigabytes_per_second"] = cost_of(dataset, chosen, dtype) / seconds / 1e9

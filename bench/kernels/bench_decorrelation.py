@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastskel.bench.harness import peak_bytes, relative_l2
+from fastskel.bench.harness import Timed, peak_bytes, relative_l2
 from fastskel.bench.reference.loss import total
 from fastskel.kernels import decorrelation as kernel_module
 from fastskel.kernels._decorrelation_triton import decorrelate_triton
@@ -72,7 +72,9 @@ def setup(num_rows: int, provider: str) -> Callable[[], list[Tensor]]:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("num_rows", CASES, ids="N{}".format)
-def bench_decorrelation(benchmark: Any, monkeypatch: pytest.MonkeyPatch, num_rows: int, provider: str) -> None:
+def bench_decorrelation(
+    benchmark: Any, timed: Timed, monkeypatch: pytest.MonkeyPatch, num_rows: int, provider: str
+) -> None:
     """Time loss and gradients after checking them; reports TFLOP/s of the products that the cheapest form has."""
     if provider.startswith("triton"):
         if not torch.cuda.is_available():
@@ -85,17 +87,10 @@ def bench_decorrelation(benchmark: Any, monkeypatch: pytest.MonkeyPatch, num_row
     for value, target in zip(call(), setup(num_rows, "direct")(), strict=True):
         assert relative_l2([value], [target]) <= TOLERANCE
 
-    def timed() -> None:
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    benchmark.group = f"mgfd N={num_rows} D={WIDTHS}"
-    benchmark(timed)
-    if benchmark.stats is not None:
+    seconds = timed(f"mgfd N={num_rows} D={WIDTHS}", call)
+    if seconds is not None:
         costs = [decorrelation_cost(NUM_VIEWS, num_rows, width, 4, backward=True) for width in WIDTHS]
-        median = benchmark.stats.stats.median
-        benchmark.extra_info["teraflops_per_second"] = sum(cost.flops for cost in costs) / median / 1e12
+        benchmark.extra_info["teraflops_per_second"] = sum(cost.flops for cost in costs) / seconds / 1e12
         if torch.cuda.is_available():
             benchmark.extra_info["peak_bytes"] = peak_bytes(call, torch.device("cuda"))
-        benchmark.extra_info["gigabytes_per_second"] = sum(cost.bytes for cost in costs) / median / 1e9
+        benchmark.extra_info["gigabytes_per_second"] = sum(cost.bytes for cost in costs) / seconds / 1e9

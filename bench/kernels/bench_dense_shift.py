@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastskel.bench.harness import Timed
 from fastskel.kernels.dense_shift import (
     dense_shift_backward,
     dense_shift_backward_cost,
@@ -152,7 +153,7 @@ def expected(p: Problem, which: str) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def bench_dense_shift(benchmark: Any, shape: tuple[int, int, int], which: str, provider: str) -> None:
+def bench_dense_shift(benchmark: Any, timed: Timed, shape: tuple[int, int, int], which: str, provider: str) -> None:
     """Time one pass by one provider, after checking it; reports GB/s and TFLOP/s of what the pass needs at least."""
     if provider == "triton" and not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -162,18 +163,11 @@ def bench_dense_shift(benchmark: Any, shape: tuple[int, int, int], which: str, p
         assert value.shape == truth.shape
         assert (value.double() - truth.double()).norm() / scale < TOLERANCE
 
-    def timed() -> None:
-        call()
-        if p.x.is_cuda:
-            torch.cuda.synchronize()
-
-    benchmark.group = f"dense shift {which} {shape}"
-    benchmark(timed)
-    if benchmark.stats is not None:
+    seconds = timed(f"dense shift {which} {shape}", call)
+    if seconds is not None:
         sizes = COMPUTE.itemsize, RESIDUAL.itemsize
         n = shape[0]
         forward = dense_shift_forward_cost(*shape, n, sizes[0], sizes[1], shifted=sizes[1], cast=sizes[0])
         cost = forward if which == "forward" else dense_shift_backward_cost(*shape, n, *sizes)
-        median = benchmark.stats.stats.median
-        benchmark.extra_info["gigabytes_per_second"] = cost.bytes / median / 1e9
-        benchmark.extra_info["teraflops_per_second"] = cost.flops / median / 1e12
+        benchmark.extra_info["gigabytes_per_second"] = cost.bytes / seconds / 1e9
+        benchmark.extra_info["teraflops_per_second"] = cost.flops / seconds / 1e12

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fastskel.bench.harness import Timed
 from fastskel.kernels.layer_norm import (
     Term,
     TermGrad,
@@ -236,7 +237,7 @@ def setup(case: tuple[str, str], provider: str) -> tuple[Callable[[], Results], 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("use", USES)
-def bench_layer_norm(benchmark: Any, use: str, direction: str, provider: str) -> None:
+def bench_layer_norm(benchmark: Any, timed: Timed, use: str, direction: str, provider: str) -> None:
     """Time one provider, after checking it against the reference; reports GB/s of the bytes that must be moved."""
     if provider == "triton" and not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -248,12 +249,6 @@ def bench_layer_norm(benchmark: Any, use: str, direction: str, provider: str) ->
         error = (found[name].float() - value.float()).norm() / value.float().norm()
         assert error < TOLERANCE, f"{name}: relative error {error}"
 
-    def synchronised() -> None:
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    benchmark.group = f"layer_norm {use} {direction} {'x'.join(map(str, SHAPE))}"
-    benchmark(synchronised)
-    if benchmark.stats is not None:
-        benchmark.extra_info["gigabytes_per_second"] = moved / benchmark.stats.stats.median / 1e9
+    seconds = timed(f"layer_norm {use} {direction} {'x'.join(map(str, SHAPE))}", call)
+    if seconds is not None:
+        benchmark.extra_info["gigabytes_per_second"] = moved / seconds / 1e9

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fastskel.bench.harness import Timed
 from fastskel.kernels.mlp import mlp, mlp_cost
 from fastskel.kernels.reference.mlp import mlp as mlp_reference
 from torch import Tensor
@@ -71,7 +72,7 @@ def setup(case: tuple[int, int, int, int], provider: str, direction: str) -> Cal
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "x".join(map(str, case)))
-def bench_mlp(benchmark: Any, case: tuple[int, int, int, int], provider: str, direction: str) -> None:
+def bench_mlp(benchmark: Any, timed: Timed, case: tuple[int, int, int, int], provider: str, direction: str) -> None:
     """Time one pass or both after checking them; reports TFLOP/s of the products, and GB/s of what must move at least."""
     if (provider == "triton") != torch.cuda.is_available() and provider in ("triton", "operator"):
         pytest.skip("no GPU" if provider == "triton" else "the operator is Triton's")
@@ -80,17 +81,10 @@ def bench_mlp(benchmark: Any, case: tuple[int, int, int, int], provider: str, di
         scale = float(target.abs().max())
         torch.testing.assert_close(value.float(), target.float(), rtol=TOLERANCE, atol=TOLERANCE * scale)
 
-    def timed() -> None:
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
     n, s, d, hidden = case
-    benchmark.group = f"mlp {direction} N={n} S={s} D={d} F={hidden}"
-    benchmark(timed)
-    if benchmark.stats is not None:
+    seconds = timed(f"mlp {direction} N={n} S={s} D={d} F={hidden}", call)
+    if seconds is not None:
         passes = (False, True) if direction == "both" else (False,)
         costs = [mlp_cost(n * s, d, hidden, 2, 4, backward) for backward in passes]
-        median = benchmark.stats.stats.median
-        benchmark.extra_info["teraflops_per_second"] = sum(cost.flops for cost in costs) / median / 1e12
-        benchmark.extra_info["gigabytes_per_second"] = sum(cost.bytes for cost in costs) / median / 1e9
+        benchmark.extra_info["teraflops_per_second"] = sum(cost.flops for cost in costs) / seconds / 1e12
+        benchmark.extra_info["gigabytes_per_second"] = sum(cost.bytes for cost in costs) / seconds / 1e9

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fastskel.bench.harness import Timed
 from fastskel.kernels.mlp_hidden import Hidden, mlp_hidden, mlp_hidden_backward, mlp_hidden_cost
 from fastskel.kernels.reference.mlp_hidden import mlp_hidden as mlp_hidden_reference
 from torch import Tensor
@@ -84,7 +85,7 @@ def setup(case: tuple[int, int, int], provider: str, direction: str) -> Callable
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "x".join(map(str, case)))
-def bench_mlp_hidden(benchmark: Any, case: tuple[int, int, int], provider: str, direction: str) -> None:
+def bench_mlp_hidden(benchmark: Any, timed: Timed, case: tuple[int, int, int], provider: str, direction: str) -> None:
     """Time one pass after checking it; reports GB/s of what a pass must move at least."""
     if provider == "triton" and not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -92,15 +93,9 @@ def bench_mlp_hidden(benchmark: Any, case: tuple[int, int, int], provider: str, 
     for value, target in zip(call(), setup(case, "reference", direction)(), strict=True):
         torch.testing.assert_close(value.float(), target.float(), rtol=TOLERANCE, atol=TOLERANCE * float(target.abs().max()))
 
-    def timed() -> None:
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
     n, s, f = case
-    benchmark.group = f"mlp_hidden {direction} N={n} S={s} F={f}"
-    benchmark(timed)
-    if benchmark.stats is not None:
+    seconds = timed(f"mlp_hidden {direction} N={n} S={s} F={f}", call)
+    if seconds is not None:
         rows = [len(chosen) * s for chosen in inputs(case)[2]]
         cost = mlp_hidden_cost(rows, n * s, f, 2, direction == "backward")
-        benchmark.extra_info["gigabytes_per_second"] = cost.bytes / benchmark.stats.stats.median / 1e9
+        benchmark.extra_info["gigabytes_per_second"] = cost.bytes / seconds / 1e9

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from fastskel.bench.harness import Timed
 from fastskel.kernels.mlp_residual import Branch, mlp_residual, mlp_residual_backward, mlp_residual_cost
 from fastskel.kernels.reference.mlp_residual import mlp_residual as mlp_residual_reference
 from torch import Tensor
@@ -97,7 +98,7 @@ def setup(case: tuple[int, int, int], provider: str, direction: str) -> Callable
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "x".join(map(str, case)))
-def bench_mlp_residual(benchmark: Any, case: tuple[int, int, int], provider: str, direction: str) -> None:
+def bench_mlp_residual(benchmark: Any, timed: Timed, case: tuple[int, int, int], provider: str, direction: str) -> None:
     """Time one pass after checking it; reports GB/s of what a pass must move at least."""
     if provider == "triton" and not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -106,15 +107,9 @@ def bench_mlp_residual(benchmark: Any, case: tuple[int, int, int], provider: str
         scale = float(target.detach().abs().max())
         torch.testing.assert_close(value.float(), target.float(), rtol=TOLERANCE, atol=TOLERANCE * scale)
 
-    def timed() -> None:
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
     n, s, d = case
-    benchmark.group = f"mlp_residual {direction} N={n} S={s} D={d}"
-    benchmark(timed)
-    if benchmark.stats is not None:
+    seconds = timed(f"mlp_residual {direction} N={n} S={s} D={d}", call)
+    if seconds is not None:
         rows = [n * s, len(inputs(case).rows) * s]
         cost = mlp_residual_cost(rows, n * s, d, 2, 4, direction == "backward")
-        benchmark.extra_info["gigabytes_per_second"] = cost.bytes / benchmark.stats.stats.median / 1e9
+        benchmark.extra_info["gigabytes_per_second"] = cost.bytes / seconds / 1e9

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastskel.bench.harness import Timed
 from fastskel.kernels.nearest import nearest, nearest_cost
 from fastskel.kernels.reference.nearest import nearest as nearest_reference
 from torch import Tensor
@@ -42,7 +43,7 @@ def setup(case: Case, provider: str) -> Callable[[], tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "x".join(map(str, case)))
-def bench_nearest(benchmark: Any, case: Case, provider: str) -> None:
+def bench_nearest(benchmark: Any, timed: Timed, case: Case, provider: str) -> None:
     """Time one search after checking its products; reports TFLOP/s."""
     if provider == "triton" and not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -51,13 +52,7 @@ def bench_nearest(benchmark: Any, case: Case, provider: str) -> None:
     rtol = 2.0**-8 if provider == "blocks" else 1e-4
     torch.testing.assert_close(call()[0].float(), setup(case, "reference")()[0], rtol=rtol, atol=1e-6)
 
-    def timed() -> None:
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
     num_queries, num_rows, width, keep = case
-    benchmark.group = f"nearest B={num_queries} N={num_rows} K={width} keep={keep}"
-    benchmark(timed)
-    if benchmark.stats is not None:
-        benchmark.extra_info["tflop_per_s"] = nearest_cost(*case).flops / benchmark.stats.stats.median / 1e12
+    seconds = timed(f"nearest B={num_queries} N={num_rows} K={width} keep={keep}", call)
+    if seconds is not None:
+        benchmark.extra_info["tflop_per_s"] = nearest_cost(*case).flops / seconds / 1e12

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastskel.bench.harness import Timed
 from fastskel.kernels.philox import philox_words
 from fastskel.kernels.reference.philox import philox_words as philox_words_reference
 
@@ -31,17 +32,12 @@ def setup(case: tuple[int, int], provider: str) -> Callable[[], Any]:
     if provider == "reference":
         return lambda: philox_words_reference(*tensors, SEED, STEP, philox.Use.DROP_PATH, num)
 
-    def launch() -> torch.Tensor:
-        words = philox_words(*tensors, SEED, STEP, philox.Use.DROP_PATH, num)
-        torch.cuda.synchronize()
-        return words
-
-    return launch
+    return lambda: philox_words(*tensors, SEED, STEP, philox.Use.DROP_PATH, num)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"N{case[0]}-num{case[1]}")
-def bench_philox(benchmark: Any, case: tuple[int, int], provider: str) -> None:
+def bench_philox(benchmark: Any, timed: Timed, case: tuple[int, int], provider: str) -> None:
     """Time one provider, after checking it against NumPy; reports written GB/s of 32-bit words."""
     if provider == "triton" and not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -49,7 +45,6 @@ def bench_philox(benchmark: Any, case: tuple[int, int], provider: str) -> None:
     result = draw()
     words = result.cpu().numpy() if isinstance(result, torch.Tensor) else result
     assert np.array_equal(words, setup(case, "numpy")())
-    benchmark.group = f"philox N={case[0]} num={case[1]}"
-    benchmark(draw)
-    if benchmark.stats is not None:
-        benchmark.extra_info["gigabytes_per_second"] = 4 * case[0] * case[1] / benchmark.stats.stats.median / 1e9
+    seconds = timed(f"philox N={case[0]} num={case[1]}", draw)
+    if seconds is not None:
+        benchmark.extra_info["gigabytes_per_second"] = 4 * case[0] * case[1] / seconds / 1e9

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fastskel.bench.harness import Timed
 from fastskel.kernels.reference.standardize import standardize as standardize_reference
 from fastskel.kernels.standardize import standardize_backward, standardize_cost, standardize_forward
 from torch import Tensor
@@ -58,20 +59,14 @@ def setup(case: tuple[int, int, int], provider: str, direction: str) -> Callable
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "x".join(map(str, case)))
-def bench_standardize(benchmark: Any, case: tuple[int, int, int], provider: str, direction: str) -> None:
+def bench_standardize(benchmark: Any, timed: Timed, case: tuple[int, int, int], provider: str, direction: str) -> None:
     """Time one pass after checking it; reports GB/s of what it must move at least."""
     if provider == "triton" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     call = setup(case, provider, direction)
     torch.testing.assert_close(call(), setup(case, "reference", direction)(), rtol=1e-4, atol=1e-5)
 
-    def timed() -> None:
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
     cost = standardize_cost(*case, backward=direction == "backward")
-    benchmark.group = f"standardize {direction} W={case[0]} N={case[1]} D={case[2]}"
-    benchmark(timed)
-    if benchmark.stats is not None:
-        benchmark.extra_info["gigabytes_per_second"] = cost.bytes / benchmark.stats.stats.median / 1e9
+    seconds = timed(f"standardize {direction} W={case[0]} N={case[1]} D={case[2]}", call)
+    if seconds is not None:
+        benchmark.extra_info["gigabytes_per_second"] = cost.bytes / seconds / 1e9

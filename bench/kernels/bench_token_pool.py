@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastskel.bench.harness import Timed
 from fastskel.kernels.token_pool import token_pool, token_pool_backward, token_pool_cost, token_pool_forward
 from torch import Tensor
 
@@ -61,20 +62,14 @@ def setup(case: tuple[int, int, int], provider: str, direction: str) -> Callable
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "x".join(map(str, case)))
-def bench_token_pool(benchmark: Any, case: tuple[int, int, int], provider: str, direction: str) -> None:
+def bench_token_pool(benchmark: Any, timed: Timed, case: tuple[int, int, int], provider: str, direction: str) -> None:
     """Time one pass after checking it; reports GB/s of what a pass with a bit kept per element must move at least."""
     if provider == "triton" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     call = setup(case, provider, direction)
     torch.testing.assert_close(call(), setup(case, "amax", direction)(), rtol=0, atol=0)
 
-    def timed() -> None:
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
     n, s, d = case
-    benchmark.group = f"token_pool {direction} N={n} S={s} D={d}"
-    benchmark(timed)
-    if benchmark.stats is not None:
-        benchmark.extra_info["gigabytes_per_second"] = token_pool_cost(n, s, d).bytes / benchmark.stats.stats.median / 1e9
+    seconds = timed(f"token_pool {direction} N={n} S={s} D={d}", call)
+    if seconds is not None:
+        benchmark.extra_info["gigabytes_per_second"] = token_pool_cost(n, s, d).bytes / seconds / 1e9

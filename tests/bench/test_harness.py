@@ -44,6 +44,15 @@ class Machine:
         return harness.compare(self.calls, baseline, clock=lambda: self.now, **options)
 
 
+def test_a_call_ends_when_the_device_is_done(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(str(device)))
+    assert harness.waiting(lambda: 3, torch.device("cpu"))() == 3
+    assert done == []
+    assert harness.waiting(lambda: len(done), torch.device("cuda"))() == 0
+    assert done == ["cuda"]
+
+
 def test_providers_take_turns():
     machine = Machine(a=[2.0], b=[2.0], c=[2.0])
     timings = machine.compare("b", rounds=4, warmup=2)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -205,6 +206,19 @@ def test_every_case_names_a_module_and_its_options(device: str) -> None:
         asked = re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source)
         given = {word for word in (*case.arguments, *case.smoke) if word.startswith("--")}
         assert given <= set(asked), f"{case.name}: {given - set(asked)}"
+
+
+def test_kernels_run_where_no_checkout_is_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as installed: no settings of pytest above the folder, and no folder in common with where the suite is started
+    installed = tmp_path / "bench"
+    shutil.copytree(cases.KERNELS, installed / "kernels", ignore=lambda folder, names: {*names} - {"bench_philox.py"})
+    shutil.copy(cases.KERNELS.with_name("conftest.py"), installed)
+    monkeypatch.setattr(cases, "KERNELS", installed / "kernels")
+    (case,) = cases.cases("kernels", "cpu")
+    command = [sys.executable, *case.command(tmp_path / "rows.json", smoke=True), "-k", "numpy"]
+    done = subprocess.run(command, cwd=tmp_path.anchor, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {row["provider"] for row in kernel_rows(tmp_path / "rows.json", torch.device("cpu"), quick=True)} == {"numpy"}
 
 
 def test_without_pytest_benchmark_the_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
