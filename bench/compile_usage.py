@@ -184,7 +184,6 @@ def _work(connection: Connection) -> None:
             try:
                 case = importlib.import_module(job.module).COMPILE_CASES[job.position]
                 outcome: dict[str, Any] | str = compile_case(case, job.target)
-            # every kind of compiler failure is reported, and the other cases go on
-            except Exception as error:
+            except Exception as error:  # whatever a compiler raises is reported, and the other cases go on
                 outcome = f"{type(error).__name__}: {error}"
             connection.send(outcome)

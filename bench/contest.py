@@ -41,8 +41,7 @@ class Contest:
         """Make a provider ready: `make` checks what it computes, and returns its call and what rows say of it."""
         try:
             call, self.about[name] = make()
-        # whatever a provider raises, a compiler's errors and a device's among it, is its row
-        except Exception as error:
+        except Exception as error:  # whatever a provider raises, a compiler and a device among it, is its row
             self._fail(name, error)
         else:
             self.calls[name] = call
@@ -73,8 +72,7 @@ class Contest:
         def run() -> object:
             try:
                 return call()
-            # of any kind: what a provider raises while it is timed is its row, and the others go on
-            except Exception as error:
+            except Exception as error:  # whatever it raises while it is timed is its row, and the others go on
                 raise _FailedError(name, error) from error
 
         return run

@@ -208,8 +208,7 @@ def run_stage(stage: str, session: Session, report: Report, out: Path, name: str
             for result in part.run(session):
                 report.add(part.name, result, time.monotonic() - begin)
                 states.append(result.status)
-        # whatever stops one part is a result to record, and the next part runs
-        except Exception as error:
+        except Exception as error:  # whatever stops one part is a result to record, and the next part runs
             states.append("failed")
             wrong = Result(part.name, {}, "failed", f"{type(error).__name__}: {error}")
             report.add(part.name, wrong, time.monotonic() - begin)

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastskel.bench.harness import Timed, waiting
+from fastskel.bench.kernels import NO_GPU
 from fastskel.kernels._backend import INTERPRETED
 from fastskel.kernels.attention import attention_cost, attention_forward
 from fastskel.kernels.reference.attention import attention_forward as attention_forward_reference
@@ -91,7 +92,7 @@ def function_of(provider: str) -> Callable[[Tensor, Tensor, Tensor | None, float
         return torch.compile(eager)
     if provider == "triton":
         if DEVICE.type != "cuda" and not INTERPRETED:
-            pytest.skip("no GPU")
+            pytest.skip(NO_GPU)
         return lambda q, k, v, scale: attention_forward(q, k, v, None, scale)[0]
 
     def fused(q: Tensor, k: Tensor, v: Tensor | None, scale: float) -> Tensor:
@@ -109,7 +110,8 @@ def skip_if_refused(provider: str, call: Callable[[], Any]) -> Any:
     except (RuntimeError, UserWarning) as error:
         if provider not in BACKENDS:
             raise
-        pytest.skip(f"{provider}: {' '.join(str(error).split())[:120]}")
+        reason = " ".join(str(error).split())[:120]
+        pytest.skip(f"torch {torch.__version__} has no {provider} for this case: {reason}. Compare the others.")
 
 
 def error_of(value: Tensor, expected: Tensor) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fastskel.bench.harness import Timed
+from fastskel.bench.kernels import NO_GPU
 from fastskel.kernels.augment import augment_cost, augment_views, view_tables
 from fastskel.kernels.philox import philox_words
 from torch import Tensor
@@ -124,9 +125,9 @@ def bench_augment(
 ) -> None:
     """Time the views of a batch after checking them; reports GB/s of clips read once and views written."""
     if provider == "triton" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
+        pytest.skip(NO_GPU)
     if provider in ("eager", "compiled") and case != "usdrl":
-        pytest.skip("written for USDRL's views only")
+        pytest.skip(f"{provider} is written for the views of usdrl alone, got {case}. Compare numpy and triton.")
     call = setup(dataset, case, dtype, provider)
     if provider != "copy":
         # a view's matrices and its resize round a few times; then the type

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fastskel.bench.harness import Timed, peak_bytes, relative_l2
+from fastskel.bench.kernels import NO_GPU
 from fastskel.bench.reference.loss import total
 from fastskel.kernels import decorrelation as kernel_module
 from fastskel.kernels._decorrelation_triton import decorrelate_triton
@@ -78,7 +79,7 @@ def bench_decorrelation(
     """Time loss and gradients after checking them; reports TFLOP/s of the products that the cheapest form has."""
     if provider.startswith("triton"):
         if not torch.cuda.is_available():
-            pytest.skip("no GPU")
+            pytest.skip(NO_GPU)
         triton = functools.partial(decorrelate_triton, input_precision=provider.partition("-")[2])
         monkeypatch.setattr(kernel_module, "_pass_for", lambda z: triton)
     if provider in FORMS:

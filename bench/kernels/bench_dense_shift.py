@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fastskel.bench.harness import Timed
+from fastskel.bench.kernels import NO_GPU
 from fastskel.kernels.dense_shift import (
     dense_shift_backward,
     dense_shift_backward_cost,
@@ -156,7 +157,7 @@ def expected(p: Problem, which: str) -> tuple[Tensor, ...]:
 def bench_dense_shift(benchmark: Any, timed: Timed, shape: tuple[int, int, int], which: str, provider: str) -> None:
     """Time one pass by one provider, after checking it; reports GB/s and TFLOP/s of what the pass needs at least."""
     if provider == "triton" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
+        pytest.skip(NO_GPU)
     call, fresh, p = setup((shape, which), provider)
     for value, truth in zip(fresh(), expected(p, which), strict=True):
         scale = truth.double().norm().clamp_min(1e-12)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastskel.bench.harness import Timed
+from fastskel.bench.kernels import NO_GPU
 from fastskel.kernels.layer_norm import (
     Term,
     TermGrad,
@@ -240,7 +241,7 @@ def setup(case: tuple[str, str], provider: str) -> tuple[Callable[[], Results], 
 def bench_layer_norm(benchmark: Any, timed: Timed, use: str, direction: str, provider: str) -> None:
     """Time one provider, after checking it against the reference; reports GB/s of the bytes that must be moved."""
     if provider == "triton" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
+        pytest.skip(NO_GPU)
     call, moved, rows = setup((use, direction), provider)
     expected, found = setup((use, direction), "reference")[0](), call()
     for name, value in expected.items():

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastskel.bench.harness import Timed
+from fastskel.bench.kernels import NO_GPU
 from fastskel.kernels.mlp import mlp, mlp_cost
 from fastskel.kernels.reference.mlp import mlp as mlp_reference
 from torch import Tensor
@@ -25,6 +26,7 @@ PROVIDERS = ["eager", "compiled", "operator", "triton"]
 PASSES = ["forward", "both"]
 # two roundings of bfloat16
 TOLERANCE = 2e-2
+TRITONS = "on a GPU the operator is Triton's kernel. Take the figures of triton."
 
 
 def inputs(case: tuple[int, int, int, int]) -> dict[str, Tensor]:
@@ -75,7 +77,7 @@ def setup(case: tuple[int, int, int, int], provider: str, direction: str) -> Cal
 def bench_mlp(benchmark: Any, timed: Timed, case: tuple[int, int, int, int], provider: str, direction: str) -> None:
     """Time one pass or both after checking them; reports TFLOP/s of the products, and GB/s of what must move at least."""
     if (provider == "triton") != torch.cuda.is_available() and provider in ("triton", "operator"):
-        pytest.skip("no GPU" if provider == "triton" else "the operator is Triton's")
+        pytest.skip(NO_GPU if provider == "triton" else TRITONS)
     call = setup(case, provider, direction)
     for value, target in zip(call(), setup(case, "reference", direction)(), strict=True):
         scale = float(target.abs().max())

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastskel.bench.harness import Timed
+from fastskel.bench.kernels import NO_GPU
 from fastskel.kernels.mlp_hidden import Hidden, mlp_hidden, mlp_hidden_backward, mlp_hidden_cost
 from fastskel.kernels.reference.mlp_hidden import mlp_hidden as mlp_hidden_reference
 from torch import Tensor
@@ -88,7 +89,7 @@ def setup(case: tuple[int, int, int], provider: str, direction: str) -> Callable
 def bench_mlp_hidden(benchmark: Any, timed: Timed, case: tuple[int, int, int], provider: str, direction: str) -> None:
     """Time one pass after checking it; reports GB/s of what a pass must move at least."""
     if provider == "triton" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
+        pytest.skip(NO_GPU)
     call = setup(case, provider, direction)
     for value, target in zip(call(), setup(case, "reference", direction)(), strict=True):
         torch.testing.assert_close(value.float(), target.float(), rtol=TOLERANCE, atol=TOLERANCE * float(target.abs().max()))

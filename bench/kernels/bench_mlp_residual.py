@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from fastskel.bench.harness import Timed
+from fastskel.bench.kernels import NO_GPU
 from fastskel.kernels.mlp_residual import Branch, mlp_residual, mlp_residual_backward, mlp_residual_cost
 from fastskel.kernels.reference.mlp_residual import mlp_residual as mlp_residual_reference
 from torch import Tensor
@@ -101,7 +102,7 @@ def setup(case: tuple[int, int, int], provider: str, direction: str) -> Callable
 def bench_mlp_residual(benchmark: Any, timed: Timed, case: tuple[int, int, int], provider: str, direction: str) -> None:
     """Time one pass after checking it; reports GB/s of what a pass must move at least."""
     if provider == "triton" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
+        pytest.skip(NO_GPU)
     call = setup(case, provider, direction)
     for value, target in zip(call(), setup(case, "reference", direction)(), strict=True):
         scale = float(target.detach().abs().max())

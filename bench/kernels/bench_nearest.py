@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fastskel.bench.harness import Timed
+from fastskel.bench.kernels import NO_GPU
 from fastskel.kernels.nearest import nearest, nearest_cost
 from fastskel.kernels.reference.nearest import nearest as nearest_reference
 from torch import Tensor
@@ -46,7 +47,7 @@ def setup(case: Case, provider: str) -> Callable[[], tuple[Tensor, Tensor]]:
 def bench_nearest(benchmark: Any, timed: Timed, case: Case, provider: str) -> None:
     """Time one search after checking its products; reports TFLOP/s."""
     if provider == "triton" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
+        pytest.skip(NO_GPU)
     call = setup(case, provider)
     # bfloat16 keeps 8 bits; sums of float32 in another order differ by less
     rtol = 2.0**-8 if provider == "blocks" else 1e-4

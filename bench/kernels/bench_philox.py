@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fastskel.bench.harness import Timed
+from fastskel.bench.kernels import NO_GPU
 from fastskel.kernels.philox import philox_words
 from fastskel.kernels.reference.philox import philox_words as philox_words_reference
 
@@ -40,7 +41,7 @@ def setup(case: tuple[int, int], provider: str) -> Callable[[], Any]:
 def bench_philox(benchmark: Any, timed: Timed, case: tuple[int, int], provider: str) -> None:
     """Time one provider, after checking it against NumPy; reports written GB/s of 32-bit words."""
     if provider == "triton" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
+        pytest.skip(NO_GPU)
     draw = setup(case, provider)
     result = draw()
     words = result.cpu().numpy() if isinstance(result, torch.Tensor) else result

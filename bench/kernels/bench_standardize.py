@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastskel.bench.harness import Timed
+from fastskel.bench.kernels import NO_GPU
 from fastskel.kernels.reference.standardize import standardize as standardize_reference
 from fastskel.kernels.standardize import standardize_backward, standardize_cost, standardize_forward
 from torch import Tensor
@@ -62,7 +63,7 @@ def setup(case: tuple[int, int, int], provider: str, direction: str) -> Callable
 def bench_standardize(benchmark: Any, timed: Timed, case: tuple[int, int, int], provider: str, direction: str) -> None:
     """Time one pass after checking it; reports GB/s of what it must move at least."""
     if provider == "triton" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
+        pytest.skip(NO_GPU)
     call = setup(case, provider, direction)
     torch.testing.assert_close(call(), setup(case, "reference", direction)(), rtol=1e-4, atol=1e-5)
 

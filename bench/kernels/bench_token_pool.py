@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fastskel.bench.harness import Timed
+from fastskel.bench.kernels import NO_GPU
 from fastskel.kernels.token_pool import token_pool, token_pool_backward, token_pool_cost, token_pool_forward
 from torch import Tensor
 
@@ -65,7 +66,7 @@ def setup(case: tuple[int, int, int], provider: str, direction: str) -> Callable
 def bench_token_pool(benchmark: Any, timed: Timed, case: tuple[int, int, int], provider: str, direction: str) -> None:
     """Time one pass after checking it; reports GB/s of what a pass with a bit kept per element must move at least."""
     if provider == "triton" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
+        pytest.skip(NO_GPU)
     call = setup(case, provider, direction)
     torch.testing.assert_close(call(), setup(case, "amax", direction)(), rtol=0, atol=0)
 
