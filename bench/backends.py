@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastskel.bench.devices import add_device
 from fastskel.bench.harness import append_rows, compare, origin, relative_l2
 
 from fastskel.nn.attention import AttentionBackend
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines file to add rows to")
     parser.add_argument("--heads", type=int, nargs="+", default=HEADS)
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_device(parser, "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
     given = parser.parse_args(arguments)

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastskel.bench.devices import add_device
 from fastskel.bench.harness import append_rows, flops, origin
 from fastskel.bench.reference import loss as reference_loss
 from fastskel.bench.reference.usdrl import USDRL
@@ -209,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=Case.width)
     parser.add_argument("--steps", type=int, default=Case.steps, help="steps that are timed")
     parser.add_argument("--limit-gib", type=float, default=LIMIT_GIB, help="largest peak that is tried")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_device(parser, "cpu")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from fastskel.bench.contest import Contest, unavailable_row
+from fastskel.bench.devices import add_device
 from fastskel.bench.external import EXTERNAL, add_arguments, source_of
 from fastskel.bench.graphs import capture
 from fastskel.bench.harness import append_rows, compare, flops, held_bytes, origin, peak_bytes, saved_bytes
@@ -394,7 +395,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, help="width D, 1024 by default")
     parser.add_argument("--rounds", type=int, help="rounds of a comparison, 15 by default")
     parser.add_argument("--limit", type=float, default=Setting.limit_s, help="seconds of a comparison")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_device(parser, "cpu")
     parser.add_argument("--threads", type=int, help="compute threads")
     parser.add_argument("--compile", action="store_true", help="compare with the compiled reference too: minutes")
     parser.add_argument("--modes", nargs="+", default=[], help="memory modes of fastskel beside its default")

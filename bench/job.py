@@ -1,6 +1,6 @@
 """The whole job: pretraining steps with the loader on, samples per second, and what an epoch and a recipe would take.
 
-    python -m fastskel.bench.job --out FILE.jsonl [--device cuda] [--providers NAME ...]
+    python -m fastskel.bench.job --out FILE.jsonl [--device cuda|cpu] [--providers NAME ...]
 
 All take turns in one process: the reference, as `fastskel.bench.training` has it, fed by worker processes of torch's DataLoader
 over the plain feeder; and fastskel, fed by its native loader's threads. Each reads its loss in every step, as both training loops
@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from fastskel.bench.contest import Contest
+from fastskel.bench.devices import add_device
 from fastskel.bench.energy import EnergyMeter
 from fastskel.bench.harness import append_rows, origin
 from fastskel.bench.loader import make_data
@@ -188,7 +189,7 @@ def line(row: Row) -> str:
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fastskel.bench.job", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON lines file to add rows to")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    add_device(parser)
     parser.add_argument("--providers", nargs="+", metavar="NAME", help="who takes part; the reference always does")
     parser.add_argument("--batch", type=int, help=f"samples N; the published 356, on a CPU {CPU['batch']}")
     parser.add_argument("--width", type=int, help=f"D; the published 1024, on a CPU {CPU['width']}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastskel.bench.devices import add_device
 from fastskel.bench.harness import append_rows, compare, flops, origin, peak_bytes, relative_l2
 from fastskel.bench.reference import loss as reference
 from torch import Tensor
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON lines file to add rows to")
     parser.add_argument("--rows", type=int, nargs="+", default=(64, 356, 1024), help="batch sizes N")
     parser.add_argument("--alone", action="store_true", help="without the reference")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_device(parser, "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of a batch size")
     parser.add_argument("--quick", action="store_true", help="tiny widths: whether it runs, not how fast")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastskel.bench.devices import add_device
 from fastskel.bench.harness import append_rows, device_name, origin
 
 from fastskel import _native
@@ -275,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and add a row where asked."""
     parser = argparse.ArgumentParser(prog="python -m fastskel.bench.machine", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON lines file to add the row to")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     given = parser.parse_args(arguments)

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastskel.bench.devices import add_device
 from fastskel.bench.harness import append_rows, origin
-from fastskel.bench.training import QUICK, OwnStep, ReferenceStep, Setting
+from fastskel.bench.training import CPU_BATCH, QUICK, OwnStep, ReferenceStep, Setting
 from torch.profiler import ProfilerActivity, profile
 
 from fastskel.train.capture import CapturedStep
@@ -158,11 +159,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON lines file to add rows to")
     parser.add_argument("--traces", type=Path, help="folder that keeps the compressed traces")
     parser.add_argument("--kernels", nargs="+", choices=("torch", "triton"), help="of fastskel; on a GPU triton, else torch")
-    parser.add_argument("--batch", type=int, help="samples N, 356 by default")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--batch", type=int, help="samples N, 356 by default, 8 on a CPU")
+    add_device(parser)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
     given = parser.parse_args(arguments)
-    sizes: dict[str, Any] = dict(QUICK) if given.quick else {}
+    sizes: dict[str, Any] = dict(QUICK) if given.quick else {"batch": CPU_BATCH} if given.device == "cpu" else {}
     sizes |= {"batch": given.batch} if given.batch else {}
     setting = Setting(device=torch.device(given.device), **sizes)
     about = {"batch": setting.batch, "width": setting.width, "frames": setting.frames, "quick": given.quick}

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from fastskel.bench.children import Child, failure
+from fastskel.bench.devices import add_device
 from fastskel.bench.harness import append_rows, compare, origin, peak_bytes, resident_bytes
 from fastskel.bench.rows import verdict
 from numpy.typing import NDArray
@@ -221,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{field}", type=int)
     parser.add_argument("--data", choices=("crowded", "gaussian"))
     parser.add_argument("--features", choices=TYPES)
-    parser.add_argument("--device", choices=TAKING_PART, default="cpu")
+    add_device(parser, "cpu")
     parser.add_argument("--providers", nargs="+", choices=FINDERS, help="by default those that suit the device")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit-s", type=float, default=1200.0, help="seconds after which no round begins, and of a process")

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from fastskel.bench.devices import add_device
 from fastskel.bench.harness import append_rows, origin
+from fastskel.bench.training import CPU_BATCH
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -182,15 +184,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastskel.bench.step", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", choices=STEP_RECIPES, default=STEP_RECIPES[0])
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--batch-size", type=int, help="samples of a step; the recipe's by default")
+    add_device(parser)
+    parser.add_argument("--batch-size", type=int, help="samples of a step; the recipe's by default, 8 on a CPU")
     parser.add_argument("--out", type=Path, help="JSON lines file to add the row to")
     parser.add_argument("--feed", choices=FEEDS, default=FEEDS[0], help="where batches come from")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
     given = parser.parse_args(arguments)
     figures = measure(
-        given.recipe, given.precision, torch.device(given.device), batch_size=given.batch_size, quick=given.quick,
-        feed=given.feed,
+        given.recipe, given.precision, torch.device(given.device), quick=given.quick, feed=given.feed,
+        batch_size=given.batch_size or (CPU_BATCH if given.device == "cpu" else None),
     )  # fmt: skip
     if given.out is not None:
         case = f"{given.recipe} {given.precision} N={figures['batch_size']} {given.feed}"

@@ -1,6 +1,6 @@
 """Cost per batch size from 1 to 4,096, and the largest batch that memory allows, of the reference and fastskel.
 
-    python -m fastskel.bench.sweep --out FILE.jsonl [--device cuda] [--parts step encoder largest] [--providers NAME ...]
+    python -m fastskel.bench.sweep --out FILE.jsonl [--device cuda|cpu] [--parts step encoder largest] [--providers NAME ...]
 
 step     whole training steps of four cached views, as `fastskel.bench.training` has them; of two samples at least, since the loss
          takes statistics over the batch
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from fastskel.bench.contest import unavailable_row
+from fastskel.bench.devices import add_device
 from fastskel.bench.harness import Timing, append_rows, compare, held_bytes, origin, peak_bytes
 from fastskel.bench.providers import BASELINE, Kind, tf32
 from fastskel.bench.systems import check, default_providers, prepared, reference_result
@@ -370,7 +371,7 @@ def line(row: Row) -> str:
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fastskel.bench.sweep", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON lines file to add rows to")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    add_device(parser)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--providers", nargs="+", metavar="NAME", help="who takes part; the reference always does")
     parser.add_argument("--width", type=int, help=f"D; the published 1024, on a CPU {CPU['width']}")

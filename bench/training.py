@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from fastskel.bench.contest import Contest, unavailable_row
+from fastskel.bench.devices import add_device
 from fastskel.bench.external import EXTERNAL, Checkout, add_arguments, source_of
 from fastskel.bench.harness import append_rows, flops, origin, peak_bytes, relative_l2
 from fastskel.bench.providers import BASELINE, DTYPES, Kind, gate, published_arguments, tf32
@@ -306,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, help="width D, 1024 by default")
     parser.add_argument("--rounds", type=int, help="rounds of a comparison, 15 by default")
     parser.add_argument("--limit", type=float, default=Setting.limit_s, help="seconds of a comparison")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    add_device(parser)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
     add_arguments(parser)
     given = parser.parse_args(arguments)

@@ -203,7 +203,7 @@ def test_every_case_names_a_module_and_its_options(device: str) -> None:
         found = importlib.util.find_spec(f"fastskel.bench.{case.module}")
         assert found is not None and found.origin is not None, case.module
         source = Path(found.origin).read_text()
-        asked = re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source)
+        asked = re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source) + ["--device"] * ("add_device(parser" in source)
         given = {word for word in (*case.arguments, *case.smoke) if word.startswith("--")}
         assert given <= set(asked), f"{case.name}: {given - set(asked)}"
 
