@@ -164,11 +164,16 @@ class MultimodalBackbone(USDRLBackbone):
         Returns:
             `pooled` (N, 2*D): maxima over temporal, then spatial tokens; `temporal` (N, T, D); `spatial` (N, M*V, D).
         Raises:
-            ValueError: On a mask, on an unknown mode, and if the rows cannot be parted equally.
+            ValueError: On a mask, on an unknown mode, on "causal", and if the rows cannot be parted equally.
         """
         name = type(self).__name__
         if token_mask is not None:
             raise ValueError(f"{name}: token_mask must be None, got {type(token_mask).__name__}. This encoder masks no tokens.")
+        if mode == "causal":
+            raise ValueError(
+                f"{name}: mode must be made of {', '.join(MODES)}, got 'causal', which only encoders of one modality have. "
+                "Leave out causal, or take a DSTE or STTR of one modality."
+            )
         modes = (self.mode if mode is None else mode).split("+")
         if unknown := [part for part in modes if part not in MODES]:
             raise ValueError(

@@ -26,7 +26,7 @@ from fastskel.evaluate import (
 )
 from fastskel.evaluate.causal import causal_features
 from fastskel.evaluate.early import area, observed
-from fastskel.models import DSTE, STTR
+from fastskel.models import DSTE, STTR, MultimodalDSTE
 
 FRAMES = 12
 SPLIT = SimpleNamespace(train=np.arange(20), test=np.arange(20, 30))
@@ -198,6 +198,10 @@ def test_refusals(dataset) -> None:
         evaluate_early(replace(evaluation, view=eval_view(FRAMES, "motion")), causal=True)
     with pytest.raises(ValueError, match="encoder must be one with a causal mode, got raw coordinates"):
         evaluate_early(replace(evaluation, encoder=None), causal=True)
+    several = MultimodalDSTE(num_joints=25, num_bodies=1, num_frames=FRAMES, width=16)
+    for tuned in (None, TUNED):
+        with pytest.raises(ValueError, match="MultimodalDSTE: mode .* got 'causal', which only encoders of one modality have"):
+            evaluate_early(replace(evaluation, encoder=several), causal=True, finetune_config=tuned)
 
 
 def test_area() -> None:

@@ -181,6 +181,7 @@ def test_mixed_precision_is_as_good_as_of_the_single_encoder(kind, single) -> No
     [
         ("fuse", "mode must be made of joint, bone, motion, fused, got 'fuse' in 'fuse'"),
         ("joint+", r"mode must be made of .*, got '' in 'joint\+'"),
+        ("causal", "mode must be made of .*, fused, got 'causal', which only encoders of one modality have. Leave out causal"),
         ("joint+bone+motion", r"clips must be a multiple of the 3 parts of 'joint\+bone\+motion', got 4"),
     ],
 )
