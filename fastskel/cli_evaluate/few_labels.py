@@ -97,6 +97,7 @@ def fewshot(
         common: What every evaluation takes.
     """
     from fastskel.evaluate import evaluate_fewshot
+    from fastskel.report.numbers import figures
 
     chosen = _listed("classes", classes, classes_file)
     settings = {"queries": queries, "episodes": episodes, "classifier": classifier, "centre": centre, "seed": seed}
@@ -107,11 +108,10 @@ def fewshot(
         centre=centre, seed=seed,
     )  # fmt: skip
     warn_if_seen(result)
-    top1 = result["top1"]
-    interval = "" if top1["interval"] is None else f" ± {100 * top1['interval']:.1f}"
+    (top1,) = figures({"top1": result["top1"]})
     print(
-        f"{ways}-way {shots}-shot top1 {100 * top1['mean']:.1f}{interval} %   (95 % interval of {episodes} episodes, "
-        f"{len(result['classes'])} classes, {result['num_test']} test clips; {folder})"
+        f"{ways}-way {shots}-shot top1 {top1.text}   ({episodes} episodes, {len(result['classes'])} classes, "
+        f"{result['num_test']} test clips; {folder})"
     )
 
 

@@ -31,7 +31,7 @@ def _cell(name: str, value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, dict):
-        # a mean with its deviation
+        # a mean with its deviation or interval
         return figures({name: value})[0].text
     if isinstance(value, float) and math.isfinite(value):
         return percent(value) if is_share(name, value) and name not in PLACES else number(value)

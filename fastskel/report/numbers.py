@@ -37,6 +37,7 @@ class Figure:
         low: Lower end of the 95 % interval, where there is one.
         high: Upper end.
         deviation: Sample deviation of the numbers that the value is the mean of.
+        half: Half of the 95 % interval of that mean, where the task gives it; shown in place of the deviation.
         count: How many these are.
     """
 
@@ -46,20 +47,22 @@ class Figure:
     low: float | None = None
     high: float | None = None
     deviation: float | None = None
+    half: float | None = None
     count: int | None = None
 
     @property
     def text(self) -> str:
         """The number with its interval or deviation."""
-        if not self.share:
-            return number(self.value) + ("" if self.deviation is None else f" ± {number(self.deviation)}")
-        shown = f"{100 * self.value:.1f}"
-        if self.deviation is not None:
-            shown += f" ± {100 * self.deviation:.1f}"
-        shown += " %"
+
+        def write(value: float) -> str:
+            return f"{100 * value:.1f}" if self.share else number(value)
+
+        spread = self.deviation if self.half is None else self.half
+        shown = write(self.value) + ("" if spread is None else f" ± {write(spread)}") + (" %" if self.share else "")
         if self.low is not None and self.high is not None:
-            shown += f" [{100 * self.low:.1f}, {100 * self.high:.1f}]"
-        return shown
+            shown += f" [{write(self.low)}, {write(self.high)}]"
+        # ± alone is a deviation
+        return shown if self.half is None else f"{shown} (95 % interval of the mean)"
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -102,15 +105,13 @@ def is_share(name: str, value: float) -> bool:
 
 def _mean(path: str, value: Mapping[str, Any]) -> Figure:
     mean, values = float(value["mean"]), value.get("values")
-    # half of the interval that the task itself gives
     deviation, half = (float(part) if is_number(part) else None for part in (value.get("deviation"), value.get("interval")))
-    low, high = (None, None) if half is None else (mean - half, mean + half)
     share, count = is_share(path.rsplit("/", 1)[-1], mean), len(values) if isinstance(values, list) else None
-    return Figure(path, mean, share, low, high, deviation, count)
+    return Figure(path, mean, share, deviation=deviation, half=half, count=count)
 
 
 def figures(result: Mapping[str, Any]) -> list[Figure]:
-    """Find the numbers of a result: its fractions, also those inside of objects, and means with their deviation.
+    """Find the numbers of a result: its fractions, also those inside of objects, and means with their deviation or interval.
 
     Whole numbers are settings and counts, and are passed over, as are lists. Shares of the "num_test" test clips get
     Wilson's interval.

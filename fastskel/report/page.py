@@ -125,7 +125,7 @@ def _results_sections(found: Found, datasets: Mapping[str, PackedDataset], motio
     about = (
         "[low, high] is Wilson's 95 % interval of a share of the test clips, taken as independent of each other; clips of "
         "one subject are not, so that it is too narrow for new subjects. ± is the sample deviation over the runs that the result "
-        "names."
+        "names, or half of the 95 % interval of their mean, where that is said."
     )
     table = data_table(head, rows, "Every evaluation that was found")
     return join([

@@ -47,12 +47,12 @@ def out(encoder, dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         (
             "fewshot --ways 2 --episodes 4 --queries 1",
             "fewshot-2way-1shot-queries1-episodes4",
-            "2-way 1-shot top1 100.0 ± 0.0 %   (95 % interval",
+            "2-way 1-shot top1 100.0 ± 0.0 % (95 % interval of the mean)   (4 episodes, 3 classes,",
         ),
         (
             "fewshot --ways 2 --episodes 1 --classifier logistic --centre",
             "fewshot-2way-1shot-episodes1-logistic-centred",
-            "top1 100.0 %",
+            "top1 100.0 %   (1 episodes",
         ),
         ("fewshot --ways 2 --episodes 2 --classes sit 2", "fewshot-2way-1shot-episodes2-classes-sit-2", "2 classes, 8 test"),
         ("oneshot", "oneshot", "top1 100.0 %  mean_class 100.0 %   (3 train, 8 test clips"),

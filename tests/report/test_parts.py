@@ -50,13 +50,14 @@ def test_figures_are_found() -> None:
         "nan": float("nan"), "list": [0.1],
         "config": {"decay": 0.1}, "source": {"sha256": "x", "share": 0.5}, "fused": {"top1": 1.0, "note": "text"},
         "nmi": {"mean": 0.25, "deviation": 0.05, "values": [0.2, 0.3]},
-        "episodes": {"mean": 0.25, "interval": 0.05}, "recall": {"5": 1.0}, "thresholds": {"0.5": {"f1": 0.5}},
+        "episodes": {"mean": 0.25, "deviation": 0.3, "interval": 0.05, "values": [0.2, 0.3]},
+        "recall": {"5": 1.0}, "thresholds": {"0.5": {"f1": 0.5}},
     }  # fmt: skip
     found = {figure.name: figure.text for figure in figures(result)}
     low, high = wilson(0.6, 10)
     assert found == {
         "mean_class": "50.0 %", "accuracy": "70.0 %", "top1": f"60.0 % [{100 * low:.1f}, {100 * high:.1f}]", "loss": "0.3",
-        "fused/top1": found["fused/top1"], "nmi": "25.0 ± 5.0 %", "episodes": "25.0 % [20.0, 30.0]",
+        "fused/top1": found["fused/top1"], "nmi": "25.0 ± 5.0 %", "episodes": "25.0 ± 5.0 % (95 % interval of the mean)",
         "recall/5": found["recall/5"],
     }  # fmt: skip
     assert found["fused/top1"].endswith(", 100.0]") and found["recall/5"] == found["fused/top1"]
