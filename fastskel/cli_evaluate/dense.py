@@ -153,6 +153,8 @@ def detect(
     shown = [f"nms{proposals.nms:g}"] if proposals.nms is not None else []
     if proposals.thresholds != PROPOSALS.thresholds:
         shown.insert(0, "above" + "-".join(f"{value:g}" for value in proposals.thresholds))
+    # seconds of proposals.json; how many timelines are kept changes no number, and does not show
+    shown += changed({"frame_rate": frame_rate}, detect)
     evaluation, folder, done = _prepare("detect", run, data, config, encoder, tuning, common, shown)
     result = evaluate_detection(evaluation, folder, config=config, proposals=proposals, frame_rate=frame_rate, **done)
     print("IoU   " + "  ".join(f"{threshold:>5}" for threshold in result["thresholds"]))

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from fastskel.cli_evaluate import evaluate_commands
+from fastskel.cli_evaluate.dense import EncoderOptions
 from fastskel.cli_evaluate.options import LONGEST_NAME, EvaluateOptions, _folder_name, changed
-from fastskel.evaluate import FinetuneConfig, FrameHeadConfig, Windows
+from fastskel.evaluate import DenseConfig, FinetuneConfig, FrameHeadConfig, ProposalConfig, Windows
 
 COMMANDS = evaluate_commands()
 # task -> another value of each setting, and what has to be given with it
@@ -94,6 +95,31 @@ def test_every_setting_of_a_fine_tuning_shows(shown, task: str) -> None:
     if tune:
         assert shown(task, settings=FinetuneConfig(**{**TUNED, "seed": 0})) == shown(task)
         assert shown(task, settings=FinetuneConfig(seed=1)) != shown(task)
+
+
+@pytest.mark.parametrize(
+    "task, settings",
+    [
+        ("detect", {"frame_rate": 30.0, "proposals": (ProposalConfig(nms=0.5), ProposalConfig((0.5,)))}),
+        ("segment", {"count_background": True}),
+    ],
+)
+def test_every_setting_of_recordings_shows(shown, task: str, settings: dict[str, Any]) -> None:
+    asked = set(inspect.signature(COMMANDS[task]).parameters) - NOT_SETTINGS
+    assert asked == {*settings, "config", "encoder", "tuning"}
+    configs = (
+        DenseConfig(drop_reversed=True), DenseConfig(head=FrameHeadConfig(head="tcn")), DenseConfig(windows=Windows(window=20)),
+    )  # fmt: skip
+    given = [
+        {name: value} for name, values in (settings | {"config": configs}).items()
+        for value in (values if isinstance(values, tuple) else (values,))
+    ]  # fmt: skip
+    given.append({"encoder": EncoderOptions(fine_tune=True)})
+    common = EvaluateOptions(protocol="xsub")
+    usual, names = shown(task, common=common), [shown(task, common=common, **one) for one in given]
+    assert len({usual, *names}) == 1 + len(given), names
+    # that many recordings are drawn, and no number changes
+    assert shown(task, common=common, config=DenseConfig(num_timelines=9)) == usual
 
 
 def test_what_every_evaluation_is_asked_for_shows() -> None:
