@@ -51,7 +51,9 @@ from fastskel.recipes import RECIPES
 
 __all__ = ["STREAMS", "TRIALS", "Trial", "flat", "main", "measure", "measure_streams", "table"]
 
-CASE = "downstream"
+CASE, STREAMS_TASK = "downstream", "streams"
+# as `bench.accuracy.contenders` calls them
+CONTENDERS = ("raw coordinates", "raw, aligned", "untrained encoder", "pretrained encoder")
 Metrics = dict[str, float]
 # the shares of a training part whose labels are known; a single clip of every class is the least
 FRACTIONS = (0.01, 0.1, 0.2)
@@ -325,7 +327,7 @@ def measure_streams(
     offered = {
         tag: {each[0]: each for each in contenders(recipe.stages(source)[0], run)} for tag, (recipe, run, _) in made.items()
     }
-    facts = {**made[""][2], "data": source.source, "task": "streams"}
+    facts = {**made[""][2], "data": source.source, "task": STREAMS_TASK}
     for protocol in tests:
         for kind in ("raw coordinates", "untrained encoder", "pretrained encoder"):
             evaluations = {
@@ -360,9 +362,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     Test parts that differ in a last number alone, such as folds, are parts of one.
     """
     tables: dict[str, dict[str, dict[str, dict[int, list[float]]]]] = {}
-    for row in rows:
+    tasks = [*TRIALS, STREAMS_TASK]
+    for row in sorted(rows, key=lambda row: tasks.index(row["task"])):
         # of streams, the contender comes first and what it looks at second
-        who, _, stream = row["features"].rpartition(", ") if row["task"] == "streams" else (row["features"], "", "")
+        who, _, stream = row["features"].rpartition(", ") if row["task"] == STREAMS_TASK else (row["features"], "", "")
         trained_on = f"{row['trained_on']} {row['tag']}".strip()
         title = f"{row['data']} {row['protocol'].rstrip('0123456789')}, trained on {trained_on}"
         for metric, value in row["metrics"].items():
@@ -370,7 +373,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             tables.setdefault(title, {}).setdefault(line, {}).setdefault(who, {}).setdefault(row["seed"], []).append(value)
     text = []
     for title, lines in tables.items():
-        columns = list(dict.fromkeys(who for cells in lines.values() for who in cells))
+        columns = sorted({who for cells in lines.values() for who in cells}, key=CONTENDERS.index)
         text += [f"{title}:", "", f"| | {' | '.join(columns)} | seeds |", "|---" * (len(columns) + 2) + "|"]
         for line, cells in lines.items():
             counts = sorted({len(seeds) for seeds in cells.values()})

@@ -168,20 +168,21 @@ def test_flat_data_have_the_first_two_coordinates_and_everything_else(source: Pa
 
 
 def test_the_table_counts_a_seed_by_the_mean_of_its_parts_and_keeps_protocols_apart() -> None:
-    def row(seed: int, protocol: str, top1: float, features: str = "raw", task: str = "knn") -> dict:
+    def row(seed: int, protocol: str, top1: float, features: str = WHO[0], task: str = "knn") -> dict:
         return {
             "data": "sbu", "task": task, "trained_on": "nw-ucla xview", "tag": "", "features": features, "seed": seed,
             "protocol": protocol, "metrics": {"top1": top1},
         }  # fmt: skip
 
     folds = [row(0, "fold1", 0.5), row(0, "fold2", 0.7), row(1, "fold1", 0.6), row(1, "fold2", 0.8)]
-    views = [row(0, "xview", 0.4), row(0, "xview-clean", 0.3), row(0, "xview", 0.9, "raw, bone", "streams")]
-    assert downstream.table([*folds, row(0, "fold1", 0.1, "pretrained"), *views]).splitlines() == [
-        "sbu fold, trained on nw-ucla xview:", "", "| | raw | pretrained | seeds |", "|---|---|---|---|",
+    views = [row(0, "xview", 0.4), row(0, "xview-clean", 0.3), row(0, "xview", 0.9, "raw coordinates, bone", "streams")]
+    assert downstream.table([row(0, "fold1", 0.1, WHO[3]), *folds, *views]).splitlines() == [
+        "sbu fold, trained on nw-ucla xview:", "", "| | raw coordinates | pretrained encoder | seeds |", "|---|---|---|---|",
         "| knn top1 | 65.0 ± 7.1 | 10.0 | 1/2 |", "",
-        "sbu xview, trained on nw-ucla xview:", "", "| | raw | seeds |", "|---|---|---|",
+        "sbu xview, trained on nw-ucla xview:", "", "| | raw coordinates | seeds |", "|---|---|---|",
         "| knn top1 | 40.0 | 1 |", "| streams bone top1 | 90.0 | 1 |", "",
-        "sbu xview-clean, trained on nw-ucla xview:", "", "| | raw | seeds |", "|---|---|---|", "| knn top1 | 30.0 | 1 |",
+        "sbu xview-clean, trained on nw-ucla xview:", "", "| | raw coordinates | seeds |", "|---|---|---|",
+        "| knn top1 | 30.0 | 1 |",
     ]  # fmt: skip
 
 
@@ -199,12 +200,19 @@ def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsy
         assert message in capsys.readouterr().err
 
 
+def test_the_page_shows_the_rows() -> None:
+    root = Path(__file__).parents[2]
+    lines = (root / "bench/results/downstream.jsonl").read_text().splitlines()
+    table = downstream.table([row for row in map(json.loads, lines) if row["case"] == downstream.CASE])
+    assert (root / "docs/downstream.md").read_text().endswith(table)
+
+
 def test_the_command_shows_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     row = {
         "case": "downstream", "data": "sbu", "protocol": "fold1", "task": "knn", "trained_on": "nw-ucla xview", "tag": "",
-        "features": "raw", "seed": 0, "metrics": {"top1": 0.25},
+        "features": WHO[0], "seed": 0, "metrics": {"top1": 0.25},
     }  # fmt: skip
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"case": "accuracy"}) + "\n")
     monkeypatch.setattr("sys.argv", ["downstream", "--table", "--out", str(tmp_path / "rows.jsonl")])
     downstream.main()
-    assert capsys.readouterr().out.endswith("| | raw | seeds |\n|---|---|---|\n| knn top1 | 25.0 | 1 |\n\n")
+    assert capsys.readouterr().out.endswith("| | raw coordinates | seeds |\n|---|---|---|\n| knn top1 | 25.0 | 1 |\n\n")
