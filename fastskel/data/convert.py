@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fastskel.data.identity import original_identity
 from fastskel.data.packed import PackedDataset, open_dataset
 from fastskel.data.topology_file import named_or_read_topology, topology_to_json
 from fastskel.data.writer import FramesWriter, destination, write_array, write_json, write_meta
@@ -157,7 +158,7 @@ def convert_dataset(
             write_json(scratch / "splits.json", parts)
         if new:
             write_json(scratch / "topology.json", topology_to_json(layout))
-        write_meta(scratch, {**dataset.meta, "topology": layout.name})
+        write_meta(scratch, {**dataset.meta, "topology": layout.name, "original": original_identity(dataset)})
         # what could not be opened again must not appear at the destination
         open_dataset(scratch)
     return open_dataset(out)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 
 from fastskel.data.packed import PackedDataset
 
-__all__ = ["dataset_identity"]
+__all__ = ["dataset_identity", "described_data", "original_identity"]
 
 
 def dataset_identity(dataset: PackedDataset) -> str:
@@ -33,3 +34,14 @@ def dataset_identity(dataset: PackedDataset) -> str:
             digest.update(f"{array.dtype}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def original_identity(dataset: PackedDataset) -> str:
+    """Identity of the data set that this is a copy of, with the same clips (T, M, V, C) by name; its own where it is none."""
+    return dataset.meta.get("original") or dataset_identity(dataset)
+
+
+def described_data(dataset: PackedDataset) -> dict[str, Any]:
+    """Say in plain values where clips (T, M, V, C) are from and what their numbers mean."""
+    told = {key: dataset.meta.get(key) for key in ("source", "topology", "units", "up_axis", "channels")}
+    return {"path": str(dataset.path), "sha256": dataset_identity(dataset), "original": original_identity(dataset), **told}

@@ -270,6 +270,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             raise _fault(key, f"a {kind.__name__}", repr(meta.get(key)), path)
     if not isinstance(meta.get("options", {}), dict):
         raise _fault("options", "a dict", repr(meta["options"]), path)
+    if not isinstance(meta.get("original", ""), str):
+        raise _fault("original", "a str", repr(meta["original"]), path)
     for key in ("channels", "class_names"):
         if not all(isinstance(name, str) for name in meta[key]):
             raise _fault(key, "a list of strings", repr(meta[key]), path)

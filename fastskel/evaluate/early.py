@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastskel.atomic import atomic_write
+from fastskel.data.identity import original_identity
 from fastskel.data.packed import PackedDataset
 from fastskel.data.protocols import Split
 from fastskel.evaluate.causal import causal_features
@@ -70,7 +71,7 @@ def first_frames(dataset: PackedDataset, ratio: float, minimum: int = MIN_FRAMES
     columns = {
         name: values if dataset.per_frame(name) else np.asarray(values)[owner] for name, values in dataset.columns.items()
     }
-    meta = dict(dataset.meta)
+    meta = {**dataset.meta, "original": original_identity(dataset)}
     if meta.get("checksums"):
         meta["checksums"] = {**meta["checksums"], "first_frames": f"{ratio!r}, at least {minimum}"}
     names, labels = dataset.names[owner], dataset.labels[owner]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastskel.data.convert import convert_dataset, correspondence
-from fastskel.data.identity import dataset_identity
+from fastskel.data.identity import dataset_identity, original_identity
 from fastskel.data.packed import PackedDataset, open_dataset
 from fastskel.evaluate.adapted import AdaptedEncoder
 from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
@@ -64,7 +64,9 @@ def converted_dataset(
             # another process may have been sooner
             if not folder.exists():
                 raise
-    return open_dataset(folder)
+    copy = open_dataset(folder)
+    # copies of older versions do not say it
+    return replace(copy, meta={**copy.meta, "original": original_identity(dataset)})
 
 
 def torso_length(dataset: PackedDataset, indices: NDArray[np.int64]) -> float:

@@ -29,6 +29,7 @@ __all__ = [
     "newest",
     "prune",
     "read_checkpoint",
+    "read_state",
     "save_checkpoint",
     "weights",
 ]
@@ -157,6 +158,22 @@ def prune(run: Path, keep: int, best: int | None = None) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def read_state(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """Read what a native checkpoint says beside its tensors (D, ..), and find its folder: the newest one of a run folder.
+
+    Raises:
+        ValueError: If there is no complete checkpoint, or what it says is damaged or of another version, naming the file.
+    """
+    given = Path(path)
+    folder = given if (given / STATE_FILE).exists() else newest(given)
+    if folder is None:
+        raise ValueError(
+            f"read_checkpoint: path must be a run or checkpoint folder, got {given} without {STATE_FILE}. "
+            "Give the folder that `fastskel pretrain` wrote."
+        )
+    return folder, _read_state(folder)
+
+
 def read_checkpoint(path: str | os.PathLike[str], *, optimizer: bool = False, best: bool = False) -> Checkpoint:
     """Read a native checkpoint from its folder, or the newest one of a run folder.
 
@@ -167,14 +184,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, optimizer: bool = False, be
     Raises:
         ValueError: If there is no complete checkpoint, or a file is damaged or of another version, naming the file.
     """
-    given = Path(path)
-    folder = given if (given / STATE_FILE).exists() else newest(given)
-    if folder is None:
-        raise ValueError(
-            f"read_checkpoint: path must be a run or checkpoint folder, got {given} without {STATE_FILE}. "
-            "Give the folder that `fastskel pretrain` wrote."
-        )
-    state = _read_state(folder)
+    folder, state = read_state(path)
     if best:
         if not (kept := state.get("best")):
             raise ValueError(

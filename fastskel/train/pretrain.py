@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastskel.data.batch import Batch
+from fastskel.data.identity import described_data
 from fastskel.data.loader import Loader, num_chunks
 from fastskel.data.packed import PackedDataset
 from fastskel.dist import exchange, rank_and_world
@@ -318,7 +319,10 @@ def _pretrain(
         del last
         on_first(lambda: note_resumed(folder, config, run.step, origin(place)))
     else:
-        about = {"recipe": describe(recipe or {}), "data": str(dataset.path), **origin(place), "identity": identity}
+        about = {
+            "recipe": describe(recipe or {}), "data": str(dataset.path), "described": described_data(dataset), **origin(place),
+            "identity": identity,
+        }  # fmt: skip
         on_first(lambda: create_record(folder, about, indices))
     try:
         run.gradients = _choose_gradients(run, place)

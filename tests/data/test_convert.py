@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 
 import numpy as np
 import pytest
 
 from fastskel.data import convert_dataset, convert_joints, correspondence, make_synthetic, open_dataset, pack_arrays
+from fastskel.data.identity import dataset_identity, original_identity
 from fastskel.skeleton import TOPOLOGIES, topology
 
 NAMES = ["ntu-25", "kinect-20-ucla", "kinect-20-utd", "coco-17", "openpose-18", "sbu-15"]
@@ -101,6 +103,17 @@ def test_data_sets_keep_all_but_the_skeleton(tmp_path):
     for number in range(6):
         expected = convert_joints(data.clip(number), data.topology, coco.topology)
         assert np.array_equal(coco.clip(number), expected)
+
+
+def test_a_copy_knows_its_original(tmp_path):
+    data = make_synthetic(tmp_path / "data", num_clips=3)
+    assert original_identity(data) == dataset_identity(data)
+    twice = convert_dataset(convert_dataset(data, "coco-17", tmp_path / "coco"), "openpose-18", tmp_path / "again")
+    assert original_identity(open_dataset(twice.path)) == dataset_identity(data) != dataset_identity(twice)
+    path = twice.path / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "original": 3}))
+    with pytest.raises(ValueError, match="original must be a str, got 3"):
+        open_dataset(twice.path)
 
 
 def test_frames_segments_and_columns_survive(tmp_path):

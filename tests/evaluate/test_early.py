@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastskel.data.identity import dataset_identity
+from fastskel.data.identity import dataset_identity, original_identity
 from fastskel.data.loader import Loader
 from fastskel.data.views import eval_view
 from fastskel.evaluate import (
@@ -115,6 +115,7 @@ def test_the_observed_clips_are_the_same(dataset) -> None:
     assert part.record("early", torch.from_numpy(part.known("train")), torch.from_numpy(part.known("test")))[
         "test_clips_trained_on"
     ] == 1
+    assert original_identity(part.dataset) == dataset_identity(evaluation.dataset) != dataset_identity(part.dataset)
     assert observed(evaluation, 1.0) is evaluation
 
 

@@ -125,7 +125,9 @@ def test_run_folder(dataset, finished) -> None:
     assert (config["data"], config["device"]) == (str(dataset.path), "cpu")
     assert "commit" in config
     assert config["identity"]["stage"]["lr"] == 5e-4
-    assert config["identity"]["data"] == dataset_identity(dataset)
+    assert config["identity"]["data"] == config["described"]["sha256"] == dataset_identity(dataset)
+    told = {key: config["described"][key] for key in ("source", "topology", "units", "up_axis", "channels")}
+    assert told == {key: dataset.meta[key] for key in told}
     assert config["threads"] == torch.get_num_threads()
     state = json.loads((last / "state.json").read_text())
     assert (state["step"], state["total_steps"], state["topology"]) == (6, 6, "ntu-25")
