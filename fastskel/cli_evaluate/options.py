@@ -14,9 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from fastskel.data.packed import PackedDataset
     from fastskel.data.protocols import Split
     from fastskel.data.views import ViewSpec
@@ -147,33 +144,6 @@ def _encoder(run: Path, topology: Topology, options: EvaluateOptions) -> tuple[E
     return adapted_again(encoder, checkpoint.state["encoder"]), view, checkpoint.state
 
 
-def _clips_seen(
-    run: Path, base_run: Path, told: Mapping[str, Any], dataset: PackedDataset, split: Split
-) -> NDArray[np.int64] | None:
-    """Clips (n,) that an encoder was trained on without their labels; None: not known.
-
-    Raises:
-        ValueError: If it was fine-tuned on labels of test clips.
-    """
-    import numpy as np
-
-    from fastskel.data.identity import dataset_identity
-    from fastskel.train import trained_clips
-
-    if "labelled_clips" not in told:
-        return None if run.is_file() else trained_clips(base_run, dataset)
-    if told["identity"]["data"] != dataset_identity(dataset):
-        return None
-    shared = np.intersect1d(split.test, told.get("labelled_clips", []))
-    if shared.size:
-        raise ValueError(
-            f"evaluate: {run} must not have seen labels of the test part, got {shared.size} of {len(split.test)} test clips "
-            "that it was fine-tuned on. Use the protocol of the fine-tuning."
-        )
-    seen = told.get("unlabelled_clips")
-    return None if seen is None else np.asarray(seen, np.int64)
-
-
 def _folder_name(parts: Sequence[str], options: EvaluateOptions) -> str:
     """Name the folder of results after task, data and settings: other settings, other folder."""
     given = {name: getattr(options, name) for name in SHOWN_OPTIONS}
@@ -209,6 +179,7 @@ def prepare(
     from fastskel.data.packed import open_dataset
     from fastskel.data.protocols import protocols
     from fastskel.evaluate import Evaluation
+    from fastskel.evaluate.seen import clips_seen, seen_by
     from fastskel.skeleton import topology
     from fastskel.train import choose_device
 
@@ -230,20 +201,26 @@ def prepare(
         base_run = run.resolve().parents[1]
         base = base_run / f"{run.resolve().name}-results"
     folder = options.out or base / _folder_name([task, parts[0], data.resolve().name, *shown], options)
+    seen = seen_by(base_run, told, dataset)
     evaluation = Evaluation(
         encoder, dataset, parts[1], view, protocol=parts[0], run=str(run), cache=base / "features",
         device=choose_device(options.device), precision=options.precision, progress=not options.quiet,
-        trained_on=_clips_seen(run, base_run, told, dataset, parts[1]),
+        trained_on=clips_seen(seen, dataset), seen=seen,
     )  # fmt: skip
     return evaluation, folder
 
 
 def warn_if_seen(result: Mapping[str, Any]) -> None:
-    """Say on standard error how many of the (N,) test clips were trained on without their labels."""
+    """Say on standard error how many of the (N,) test clips were trained on, and what is not known of their labels."""
     if result["test_clips_trained_on"]:
         print(
             f"warning: {result['test_clips_trained_on']} of {result['num_test']} test clips were trained on, without their "
             "labels; pretrain on other clips (--protocol or --split-file) to keep them apart",
+            file=sys.stderr,
+        )
+    if result["test_labels_not_known"]:
+        print(
+            f"warning: whether the encoder saw labels of the test clips is not known: {result['test_labels_not_known']}",
             file=sys.stderr,
         )
 

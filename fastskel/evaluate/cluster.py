@@ -211,6 +211,7 @@ def evaluate_cluster(
     if part == "all":
         sets = evaluation.features()
         train_index, test_index = (values.index for values in sets)
+        evaluation.check_unseen(train_index.numpy(), "clips that are clustered", "Cluster the test part")
     else:
         sets = (evaluation.features_of(evaluation.known("test")),)
         train_index, test_index = sets[0].index[:0], sets[0].index

@@ -219,6 +219,7 @@ def predict_frames(
     dataset, names = evaluation.dataset, ["background", *dense_classes(evaluation.dataset, task)]
     folds = _folds(evaluation, config, task)
     clips = np.unique(np.concatenate([np.concatenate([split.train, split.test]) for _, split in folds]))
+    evaluation.check_unseen(np.concatenate([split.test for _, split in folds]))
     truth = true_segments(dataset, clips, task, config.drop_reversed)
     lengths = dataset.num_frames[clips].tolist()
     labels = dict(zip(clips.tolist(), map(torch.from_numpy, frame_truth(truth, lengths)), strict=True))

@@ -20,6 +20,7 @@ from fastskel.data.protocols import Split
 from fastskel.data.views import ViewSpec
 from fastskel.evaluate.features import FeatureSet, dataset_features, labels_of, raw_features
 from fastskel.evaluate.report import confusion_csv, confusion_figure, write_results
+from fastskel.evaluate.seen import SeenClips, labels_seen
 from fastskel.models.encoder import Encoder
 from fastskel.provenance import provenance
 from fastskel.registry import Registry
@@ -50,6 +51,7 @@ class Evaluation:
         precision: "fp32" or "bf16", of the encoder.
         progress: Show progress bars.
         trained_on: Clips that the encoder was trained on, (n,), to count those of the test among them; None: not known.
+        seen: What it was trained on, by data set: clips whose labels it saw are not tested. None: not known. See `seen_by`.
     """
 
     encoder: Encoder | None
@@ -65,6 +67,7 @@ class Evaluation:
     precision: str = "fp32"
     progress: bool = True
     trained_on: NDArray[np.int64] | None = None
+    seen: tuple[SeenClips, ...] | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -80,8 +83,8 @@ class Evaluation:
         """Labelled clips of a part of the split, (N,).
 
         Raises:
-            ValueError: If there are none, a clip is in both parts, or the encoder was made for another skeleton, number of
-                bodies or channels.
+            ValueError: If there are none, a clip is in both parts, the encoder was made for another skeleton, number of
+                bodies or channels, or it saw labels of the test part.
         """
         self.check_fit()
         shared = np.intersect1d(self.split.train, self.split.test)
@@ -97,7 +100,25 @@ class Evaluation:
                 f"evaluate: the {part} split of {self.dataset.path} must have labelled clips, got {indices.size} clips, none "
                 "labelled. Check the protocol and the labels."
             )
+        if part == "test":
+            self.check_unseen(known)
         return known
+
+    def check_unseen(
+        self, clips: NDArray[np.int64], of: str = "the test part", advice: str = "Use the protocol of the fine-tuning"
+    ) -> None:
+        """Look for clips (N,) among those that the encoder was trained on with labels.
+
+        Raises:
+            ValueError: If it saw labels of some, naming one; it ends with the advice.
+        """
+        clips = np.asarray(clips, np.int64)
+        shared, _ = labels_seen(self.seen, self.dataset, clips)
+        if shared.size:
+            raise ValueError(
+                f"evaluate: {self.run or 'the encoder'} must not have seen labels of {of}, got {shared.size} of {len(clips)} "
+                f"clips that it was fine-tuned on, such as {self.dataset.names[shared[0]]!s}. {advice}."
+            )
 
     def check_fit(
         self, advice: str = "Use evaluate transfer, which adapts them, or convert the data (fastskel convert)"
@@ -165,6 +186,7 @@ class Evaluation:
             "dropped_train": len(self.split.train) - len(train),
             "dropped_test": len(self.split.test) - len(test),
             "test_clips_trained_on": seen,
+            "test_labels_not_known": "; ".join(labels_seen(self.seen, self.dataset, test.numpy())[1]) or None,
             "num_classes": len(self.class_names),
             "precision": self.precision,
             "view": repr(self.view),

@@ -263,6 +263,7 @@ def evaluate_oneshot(
     if members is None:
         known = np.unique(labels[evaluation.known("test")]).tolist()
         members = list(NTU_NOVEL_CLASSES) if published else known
+    evaluation.check_unseen(np.flatnonzero(np.isin(labels, members)), "the novel classes", "Fine-tune on the others")
     pool = np.sort(np.concatenate([evaluation.split.train, evaluation.split.test]))
     shown = _exemplars(dataset, members, pool, NTU_EXEMPLARS if published and exemplars is None else exemplars)
     test = evaluation.known("test")

@@ -30,6 +30,7 @@ from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
 from fastskel.evaluate.features import FeatureSet
 from fastskel.evaluate.logistic import logistic_probe
 from fastskel.evaluate.metrics import class_metrics, top_k_accuracy
+from fastskel.evaluate.seen import handed_on
 from fastskel.evaluate.training import set_drop_path, train_epoch, train_epochs, trainable_copy, training_identity
 from fastskel.train.stage import describe
 
@@ -214,8 +215,7 @@ def fine_tune(
             "task": "finetune", "encoder": described_encoder(encoder), "eval_view": view, "topology": dataset.topology.name,
             "class_names": evaluation.class_names, "frames": frames, "run": evaluation.run, "config": describe(config),
             "identity": training_identity(evaluation, classifier, config, train_view, train, frames=frames),
-            "labelled_clips": train.tolist(),
-            "unlabelled_clips": None if evaluation.trained_on is None else evaluation.trained_on.tolist(),
+            "seen": handed_on(evaluation.seen, dataset, train, evaluation.trained_on),
         }  # fmt: skip
     classifier.to(device)
     loader = Loader(

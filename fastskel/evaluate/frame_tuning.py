@@ -37,6 +37,7 @@ from fastskel.evaluate.frame_heads import (
     smoothing_loss,
     train_frame_head,
 )
+from fastskel.evaluate.seen import handed_on
 from fastskel.evaluate.training import set_drop_path, train_epoch, train_epochs, trainable_copy, training_identity
 from fastskel.evaluate.windows import (
     Windows,
@@ -165,8 +166,7 @@ def _told(
         "task": model.task, "encoder": described_encoder(model.encoder), "eval_view": evaluation.view,
         "topology": evaluation.dataset.topology.name, "class_names": list(class_names), "run": evaluation.run,
         "config": describe(config), "head": shape, "windows": asdict(windows), "identity": identity,
-        "labelled_clips": recordings.tolist(),
-        "unlabelled_clips": None if evaluation.trained_on is None else evaluation.trained_on.tolist(),
+        "seen": handed_on(evaluation.seen, evaluation.dataset, recordings, evaluation.trained_on),
     }  # fmt: skip
 
 

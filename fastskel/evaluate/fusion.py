@@ -166,6 +166,7 @@ def evaluate_fusion(
     records = [evaluation.record("fusion", train.index, test.index) for evaluation in evaluations]
     # the same for all runs that are known to have been trained on some
     seen = [record["test_clips_trained_on"] for record in records if record["test_clips_trained_on"] is not None]
+    doubts = {record["test_labels_not_known"] for record in records} - {None}
     results = {
         **found,
         "knn_top1": neighbours(members, shares),
@@ -183,5 +184,6 @@ def evaluate_fusion(
         **records[0],
         **{key: [record[key] for record in records] for key in ("run", "encoder", "num_features", "view")},
         "test_clips_trained_on": seen[0] if seen else None,
+        "test_labels_not_known": "; ".join(sorted(doubts)) or None,
     }  # fmt: skip
     return first.finish(out, results, confusion, "late fusion")

@@ -219,6 +219,8 @@ def evaluate_transfer(
     Raises:
         ValueError: If encoder and data cannot be made to fit, or what the classifiers refuse.
     """
+    # before a copy is made
+    evaluation.check_unseen(evaluation.split.test)
     adapted, told = adapt(evaluation, source=source, plane=plane, scale=scale)
     folder = None if out is None else Path(out)
 

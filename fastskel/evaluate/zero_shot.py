@@ -203,6 +203,9 @@ def evaluate_zeroshot(
     names = evaluation.class_names
     hidden = torch.tensor(sorted(class_numbers(evaluation.dataset, unseen, "evaluate_zeroshot")))
     vectors = read_embeddings(embeddings, names)
+    evaluation.check_unseen(
+        np.flatnonzero(np.isin(evaluation.dataset.labels, hidden.numpy())), "the unseen classes", "Fine-tune on the others"
+    )
     train, test = evaluation.features()
     shown = ~torch.isin(train.labels, hidden)
     absent = [names[number] for number in hidden.tolist() if not bool((test.labels == number).any())]

@@ -16,6 +16,7 @@ import torch
 from fastskel.cli import main
 from fastskel.cli_evaluate import evaluate_commands
 from fastskel.data import PackedDataset, open_dataset, pack_arrays
+from fastskel.data.identity import dataset_identity
 from fastskel.data.views import eval_view
 from fastskel.evaluate import (
     TASKS,
@@ -27,6 +28,7 @@ from fastskel.evaluate import (
     ProposalConfig,
 )
 from fastskel.evaluate.fusion import evaluate_fusion
+from fastskel.evaluate.seen import SeenClips
 from fastskel.models import DSTE
 from fastskel.models.encoder import Encoder, Features
 from fastskel.skeleton import topology
@@ -252,6 +254,21 @@ def test_clips_without_labels(name: str, place: Path, tmp_path: Path) -> None:
         # segments of the training part alone
         half = replace(dataset, segments=dataset.segments[:16])
         assert "the test split of" in refusal(name, place, evaluation_of(half), tmp_path / "out")
+
+
+@EVERY
+def test_labels_that_the_encoder_saw(name: str, place: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(place / "data")
+    names = dataset.names.tolist()
+    given = evaluation_of(dataset, seen=(SeenClips(dataset_identity(dataset), "custom", (names[23],), ()),))
+    message = refusal(name, place, given, tmp_path / "out")
+    assert "must not have seen labels of" in message and "got 1 of" in message and "clip-000023" in message
+    # those of training clips are known, unless the test is of classes that nothing had shown
+    given = replace(given, seen=(replace(given.seen[0], labelled=(names[0],)),))
+    if name == "oneshot":
+        assert "labels of the novel classes, got 1 of 24 clips" in refusal(name, place, given, tmp_path / "out")
+    else:
+        assert run(name, place, given)["test_labels_not_known"] is None
 
 
 @EVERY

@@ -122,7 +122,7 @@ def test_an_untrained_encoder_learns(data, tmp_path: Path) -> None:
     # what is kept is a run for other evaluations
     encoder, view, checkpoint = load_encoder(tmp_path / "folds" / "0-split")
     assert view == replace(eval_view(T), topology="ntu-25") and checkpoint.state["class_names"] == NAMES
-    assert checkpoint.state["labelled_clips"] == list(range(6)) and not same(encoder, given.encoder)
+    assert checkpoint.state["seen"][-1]["labelled"] == data.names[:6].tolist() and not same(encoder, given.encoder)
 
 
 def test_detection_finds_what_is_there(data) -> None:
@@ -419,7 +419,7 @@ def test_commands(data, tmp_path: Path, monkeypatch, capsys) -> None:
     Path("turned.json").write_text(json.dumps({"train": [2], "test": [0, 1]}))
     tuned = ["evaluate", "segment", str(folder / "folds/0-halves"), str(data.path), "--quiet", "--split-file", "turned.json"]
     assert main(tuned) == 2
-    assert "must not have seen labels of the test part, got 2 of 2 test clips" in " ".join(capsys.readouterr().err.split())
+    assert "must not have seen labels of the test part, got 2 of 2 clips" in " ".join(capsys.readouterr().err.split())
 
 
 def test_adapting_says_what_it_does(data, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -82,7 +82,7 @@ def test_labels_that_a_fine_tuning_saw_are_not_tested(here, capsys) -> None:
     assert main(["evaluate", "finetune", "run", "data", "--split-file", "one.json", *QUICK]) == 0
     command = ["evaluate", "knn", f"run/finetune-one-data-{SHOWN}", "data", "--quiet", "--split-file"]
     assert main([*command, "one.json"]) == 0
-    assert "must not have seen labels of the test part, got 12 of 12 test clips" in refused(capsys, *command, "turned.json")
+    assert "must not have seen labels of the test part, got 12 of 12 clips" in refused(capsys, *command, "turned.json")
 
 
 def test_what_was_fine_tuned_on_scaled_clips_reads_scaled_clips(here) -> None:
