@@ -53,29 +53,31 @@ def finetune(
 
 
 def source_of(run: Path) -> dict[str, Any]:
-    """Say what is known of the clips (T, M, V, C) that a run was trained on, from its record and the data if still there.
+    """Say what is known of the clips (T, M, V, C) that a run was trained on last, from its record.
 
-    Where the data are gone a warning says what is assumed; nothing is known of published files.
+    Where nothing is known a warning says what is assumed; of published files nothing ever is.
     """
     if run.is_file():
         return {}
-    folder = run.resolve()
-    if folder.parent.name == "checkpoints":
-        folder = folder.parents[1]
-    if not (folder / "config.json").is_file():
-        return {}
-    config = json.loads((folder / "config.json").read_text())
-    found = {"path": config["data"], "sha256": config["identity"]["data"]}
-    meta = Path(config["data"]) / "meta.json"
-    if meta.is_file():
-        told = json.loads(meta.read_text())
-        found |= {key: told.get(key) for key in ("source", "topology", "units", "up_axis", "channels")}
-    else:
-        print(
-            f"warning: the data that {run} was trained on are not at {config['data']} any more; their units are taken for "
-            "metres, y for upwards",
-            file=sys.stderr,
-        )
+    from fastskel.train.checkpoint import read_state
+
+    checkpoint, state = read_state(run)
+    if "described" in state:
+        return dict(state["described"])
+    # what pretrained it has a record of its own; a fine-tuning of an older version has none
+    record, found = checkpoint.resolve().parents[1] / "config.json", {}
+    known = f"nothing is recorded of the data that {run} was trained on"
+    if "class_names" not in state and record.is_file():
+        config = json.loads(record.read_text())
+        if "described" in config:
+            return dict(config["described"])
+        found = {"path": config["data"], "sha256": config["identity"]["data"]}
+        meta = Path(config["data"]) / "meta.json"
+        if meta.is_file():
+            told = json.loads(meta.read_text())
+            return found | {key: told.get(key) for key in ("source", "topology", "units", "up_axis", "channels")}
+        known = f"the data that {run} was trained on are not at {config['data']} any more"
+    print(f"warning: {known}; their units are taken for metres, y for upwards", file=sys.stderr)
     return found
 
 

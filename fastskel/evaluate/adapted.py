@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from fastskel.data.batch import DrawAddress, View
 from fastskel.models.encoder import Encoder, Features
 from fastskel.nn.precision import without_autocast
 
-__all__ = ["AdaptedEncoder"]
+__all__ = ["AdaptedEncoder", "adapted_encoder"]
 
 
 class AdaptedEncoder(Encoder):
@@ -116,3 +117,21 @@ class AdaptedEncoder(Encoder):
         there = present[..., None]
         mean = torch.where(there, rows, 0).sum(1) / there.sum(1)
         return Features(torch.cat([mean, torch.where(there, rows, -torch.inf).amax(1)], -1))
+
+
+def adapted_encoder(encoder: Encoder, num_bodies: int, matrix: Sequence[Sequence[float]] | None = None) -> AdaptedEncoder:
+    """Adapt an encoder of views (N, T, M, V, C); one that was adapted before gets one adaptation that does both.
+
+    Args:
+        encoder: The encoder.
+        num_bodies: Bodies M of the clips.
+        matrix: What each coordinate that the encoder, as it is, reads is made of, (C', C); None: nothing is changed.
+    Raises:
+        ValueError: As `AdaptedEncoder`.
+    """
+    if not isinstance(encoder, AdaptedEncoder):
+        return AdaptedEncoder(encoder, num_bodies, matrix)
+    both = encoder.matrix if matrix is None else matrix
+    if encoder.matrix is not None and matrix is not None:
+        both = (np.array(encoder.matrix) @ np.array(matrix)).tolist()
+    return AdaptedEncoder(encoder.encoder, num_bodies, both)

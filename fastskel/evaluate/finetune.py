@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastskel.data.batch import View
+from fastskel.data.identity import described_data
 from fastskel.data.loader import Loader
 from fastskel.data.views import RandomCrop, ViewSpec
 from fastskel.evaluate.causal import causal_features
@@ -215,6 +216,7 @@ def fine_tune(
             "task": "finetune", "encoder": described_encoder(encoder), "eval_view": view, "topology": dataset.topology.name,
             "class_names": evaluation.class_names, "frames": frames, "run": evaluation.run, "config": describe(config),
             "identity": training_identity(evaluation, classifier, config, train_view, train, frames=frames),
+            "described": described_data(dataset),
             "seen": handed_on(evaluation.seen, dataset, train, evaluation.trained_on),
         }  # fmt: skip
     classifier.to(device)

@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastskel import philox
 from fastskel.data.batch import DrawAddress, View, concat_views
+from fastskel.data.identity import described_data
 from fastskel.evaluate.classifier import ClassifierStore, TunedModel, described_encoder
 from fastskel.evaluate.evaluation import Evaluation
 from fastskel.evaluate.finetune import FinetuneConfig
@@ -166,6 +167,7 @@ def _told(
         "task": model.task, "encoder": described_encoder(model.encoder), "eval_view": evaluation.view,
         "topology": evaluation.dataset.topology.name, "class_names": list(class_names), "run": evaluation.run,
         "config": describe(config), "head": shape, "windows": asdict(windows), "identity": identity,
+        "described": described_data(evaluation.dataset),
         "seen": handed_on(evaluation.seen, evaluation.dataset, recordings, evaluation.trained_on),
     }  # fmt: skip
 

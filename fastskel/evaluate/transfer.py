@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fastskel.data.convert import convert_dataset, correspondence
 from fastskel.data.identity import dataset_identity, original_identity
 from fastskel.data.packed import PackedDataset, open_dataset
-from fastskel.evaluate.adapted import AdaptedEncoder
+from fastskel.evaluate.adapted import AdaptedEncoder, adapted_encoder
 from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
 from fastskel.evaluate.finetune import FinetuneConfig, evaluate_finetune
 from fastskel.evaluate.linear import LinearConfig
@@ -116,13 +116,19 @@ def _matrix(
             f"transfer: the encoder must read {', '.join(names)} as {dataset.path} has, got one trained on "
             f"{', '.join(source['channels'])}. Choose another."
         )
-    units, up = source.get("units") or "metres", source.get("up_axis") or "y"
     own_units, own_up = dataset.meta["units"], dataset.meta["up_axis"]
+    # a plane, such as a picture, has no usual unit
+    units, up = source.get("units") or ("metres" if spatial else own_units), source.get("up_axis") or "y"
     told: dict[str, Any] = {"plane": plane, "scale": scale, "up_axis": f"{own_up} for {up}", "units": f"{own_units} for {units}"}
-    if scale is None:
+    if scale is None and own_units == units:
         scale = 1.0
-        if spatial and units == "metres" and own_units != "metres":
-            scale = TORSO_METRES / torso_length(dataset, np.asarray(evaluation.split.train))
+    if scale is None:
+        if not spatial or units != "metres":
+            raise ValueError(
+                f"transfer: scale must be given for {dataset.path} in {own_units} and an encoder of clips in {units}, got none. "
+                f"Pass the factor from {own_units} to {units}."
+            )
+        scale = TORSO_METRES / torso_length(dataset, np.asarray(evaluation.split.train))
     told["scale"] = scale
     turn = np.eye(len(names))
     if spatial and own_up != up:
@@ -155,7 +161,8 @@ def adapt(
         source: What is known of the data the encoder was trained on: "units", "up_axis", "channels"; where nothing is said,
             metres, y upwards, and the channels of the data.
         plane: "xy", "xz" or "yz": project data in space for an encoder of two channels.
-        scale: Factor of all coordinates; None is 1 for equal units, and otherwise makes the median torso 0.4 m long.
+        scale: Factor of all coordinates; None is 1 for equal units, and makes the median torso 0.4 m long for an encoder of
+            metres. An encoder that was adapted before reads coordinates as the data it was adapted to have them.
     Returns:
         The evaluation to run, and what was done, in plain values.
     Raises:
@@ -172,6 +179,11 @@ def adapt(
             f"transfer: the view must name the skeleton of the encoder's {encoder.shape[2]} joints, got {target!r} of {joints}. "
             "Name the one it was trained on."
         )
+    if isinstance(encoder, AdaptedEncoder) and encoder.matrix is not None and not {"units", "up_axis"} <= set(source or {}):
+        raise ValueError(
+            "transfer: source must say units and up_axis of the data that the encoder was adapted to, got "
+            f"{sorted(source or {})}. Transfer the encoder that it was fine-tuned from."
+        )
     matrix, told = _matrix(evaluation, source or {}, plane, scale)
     told = {"skeleton": f"{dataset.topology.name} for {target}", **told}
     if dataset.topology.name != target:
@@ -183,7 +195,7 @@ def adapt(
     bodies = dataset.num_bodies_max
     told["bodies"] = f"{bodies} for {encoder.shape[1]}"
     if matrix is not None or bodies != encoder.shape[1]:
-        encoder = AdaptedEncoder(encoder, bodies, matrix)
+        encoder = adapted_encoder(encoder, bodies, matrix)
     return replace(evaluation, encoder=encoder, dataset=dataset), told
 
 

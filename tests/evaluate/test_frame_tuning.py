@@ -123,6 +123,7 @@ def test_an_untrained_encoder_learns(data, tmp_path: Path) -> None:
     encoder, view, checkpoint = load_encoder(tmp_path / "folds" / "0-split")
     assert view == replace(eval_view(T), topology="ntu-25") and checkpoint.state["class_names"] == NAMES
     assert checkpoint.state["seen"][-1]["labelled"] == data.names[:6].tolist() and not same(encoder, given.encoder)
+    assert checkpoint.state["described"]["units"] == "metres"
 
 
 def test_detection_finds_what_is_there(data) -> None:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from fastskel import evaluate
 from fastskel.cli import main
-from fastskel.data import make_synthetic
+from fastskel.cli_evaluate.options import EvaluateOptions, prepare
+from fastskel.cli_evaluate.trained import source_of
+from fastskel.data import make_synthetic, open_dataset, pack_arrays
 from fastskel.data.convert import convert_dataset
+from fastskel.data.identity import described_data
 from fastskel.data.views import eval_view
-from fastskel.evaluate import load_classifier
+from fastskel.evaluate import Classifier, Evaluation, FinetuneConfig, adapt, class_scores, fine_tune, load_classifier
 from fastskel.models import DSTE
 from fastskel.train.checkpoint import save_checkpoint, weights
 
 QUICK = ["--epochs", "2", "--batch-size", "8", "--warmup-epochs", "0", "--quiet"]
+TUNED = FinetuneConfig(epochs=1, batch_size=8, warmup_epochs=0)
 # as they show in the names of folders
 SHOWN = "epochs2-batch_size8-warmup_epochs0"
 
@@ -73,7 +78,7 @@ def test_an_interrupted_fine_tuning_says_how_to_go_on(here, capsys, monkeypatch,
 
     monkeypatch.setattr(evaluate, f"evaluate_{task}", stop)
     assert main(["evaluate", task, "run", "data", "--protocol", "xsub", "--quiet", *more]) == 130
-    assert capsys.readouterr().err == f"interrupted{how}\n"
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted{how}"
 
 
 def test_labels_that_a_fine_tuning_saw_are_not_tested(here, capsys) -> None:
@@ -122,6 +127,65 @@ def test_transfer_says_what_it_cannot_know(here, capsys) -> None:
     Path("run/config.json").write_text(json.dumps({**record, "data": "gone"}))
     assert main(command) == 0
     assert "data that run was trained on are not at gone any more; their units are taken for metres" in capsys.readouterr().err
+
+
+def fitted(run: str, data: str, **options) -> tuple[Evaluation, dict]:
+    """What `evaluate transfer RUN DATA` evaluates, and what it says of it."""
+    evaluation, _ = prepare("transfer", Path(run), Path(data), EvaluateOptions(protocol="xsub", quiet=True, device="cpu"))
+    return adapt(evaluation, source=source_of(Path(run)), **options)
+
+
+def in_unit(folder: Path, units: str, factor: float, up_axis: str = "y") -> None:
+    """The clips of `data` in another unit."""
+    given = open_dataset("data")
+    pack_arrays(
+        [factor * given.clip(number) for number in range(len(given))], out=folder, topology=given.topology, units=units,
+        labels=given.labels, class_names=given.class_names, up_axis=up_axis, num_frames="all",
+        splits={name: {part: index.tolist() for part, index in parts.items()} for name, parts in given.splits.items()},
+    )  # fmt: skip
+
+
+def test_what_was_adapted_reads_the_data_it_was_adapted_to(here, capsys) -> None:
+    in_unit(here / "feet", "feet", 3.28, "z")
+    first, told = fitted("run", "feet")
+    assert told["scale"] != 1 and told["up_axis"] == "z for y"
+    made = fine_tune(first, TUNED, out="first")
+    again, told = fitted("first", "feet")
+    assert (told["scale"], told["up_axis"]) == (1.0, "z for z")
+    scores = class_scores(Classifier(again.encoder, 3), again.dataset, again.view, made.test)
+    assert torch.equal(scores, class_scores(Classifier(made.classifier.encoder, 3), first.dataset, first.view, made.test))
+    # other data are turned and scaled to those, and what is fine-tuned on them can be kept
+    with pytest.raises(ValueError, match="scale must be given for data in metres and an encoder of clips in feet, got none"):
+        fitted("first", "data")
+    other, _ = fitted("first", "data", scale=3.28)
+    fine_tune(other, TUNED, out="second")
+    second, scale = load_classifier("second")[0].encoder, made.classifier.encoder.matrix[0][0]
+    assert np.allclose(second.matrix, 3.28 * scale * np.eye(3), atol=1e-6)
+    # an older version did not say what the encoder reads
+    forget("first")
+    with pytest.raises(ValueError, match="source must say units and up_axis of the data that the encoder was adapted to"):
+        fitted("first", "feet")
+    assert "warning: nothing is recorded of the data that first was trained on" in capsys.readouterr().err
+
+
+def forget(folder: str) -> None:
+    """Make the checkpoint of a fine-tuning one of an older version."""
+    path = next(Path(folder, "checkpoints").glob("*/state.json"))
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in state.items() if key not in ("described", "checksums")}))
+
+
+def test_units_are_those_of_the_last_training(here, capsys) -> None:
+    in_unit(here / "mm", "millimetres", 1000)
+    record = {"data": "gone", "described": described_data(open_dataset("mm")), "identity": {"data": "0", "indices": None}}
+    Path("run/config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="scale must be given for data in metres and an encoder of clips in millimetres"):
+        fitted("run", "data")
+    fine_tune(fitted("run", "mm")[0], TUNED, out="tuned")
+    assert fitted("tuned", "mm")[1]["scale"] == 1.0 and capsys.readouterr().err == ""
+    forget("tuned")
+    assert fitted("tuned", "mm")[1]["scale"] != 1.0
+    assert "nothing is recorded of the data that tuned was trained on; their units are taken for m" in capsys.readouterr().err
 
 
 def test_early(here, capsys) -> None:

@@ -27,6 +27,7 @@ from fastskel.evaluate import (
     load_classifier,
 )
 from fastskel.evaluate import transfer as module
+from fastskel.evaluate.adapted import adapted_encoder
 from fastskel.evaluate.transfer import PLANES, UPRIGHT, torso_length
 from fastskel.models import DSTE
 from fastskel.skeleton import topology
@@ -209,6 +210,36 @@ def test_turns_are_proper() -> None:
         assert np.linalg.det(turn) == 1 and np.array_equal(turn @ turn.T, np.eye(3))
         direction = np.array(axes[up[-1]]) * (-1 if up[0] == "-" else 1)
         assert np.array_equal(turn @ direction, axes["y"])
+
+
+@torch.no_grad()
+def test_an_adapted_encoder_is_adapted_once(tmp_path: Path) -> None:
+    bare, view = encoder_of(), view_of((3, FRAMES, 1, 25, 3))
+    first = AdaptedEncoder(bare, 1, [[2, 0, 0], [0, 0, 2], [0, -2, 0]]).eval()
+    turn, scale = [[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], [[0.5, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.5]]
+    for matrix in (turn, scale, None):
+        both = adapted_encoder(first, 1, matrix).eval()
+        assert both.encoder is bare
+        turned = view.clips if matrix is None else view.clips @ torch.tensor(matrix).mT
+        torch.testing.assert_close(both(view).pooled, first(replace(view, clips=turned)).pooled)
+    assert adapted_encoder(AdaptedEncoder(bare, 2), 1, turn).config == {"num_bodies": 1, "matrix": tuple(map(tuple, turn))}
+
+    evaluation = replace(evaluation_of(pack(tmp_path / "data", "ntu-25", units="feet", up_axis="z")), encoder=first)
+    same, told = adapt(evaluation, source={"units": "feet", "up_axis": "z"})
+    assert same.encoder is first and (told["scale"], told["up_axis"]) == (1.0, "z for z")
+    with pytest.raises(ValueError, match=r"source must say units and up_axis of the data that .* was adapted to, got \[\]"):
+        adapt(evaluation)
+
+
+def test_units_that_differ_are_not_guessed(tmp_path: Path) -> None:
+    metres, pixels = pack(tmp_path / "metres", "ntu-25"), pack(tmp_path / "pixels", "ntu-25", units="pixels")
+    for data, source in ((metres, {"units": "millimetres"}), (pixels, {"units": "metres", "channels": ["x", "y", "score"]})):
+        with pytest.raises(ValueError, match="scale must be given for .* and an encoder of clips in .*metres, got none. Pass"):
+            adapt(evaluation_of(data), source=source)
+        assert adapt(evaluation_of(data), source=source, scale=1000.0)[1]["scale"] == 1000.0
+    assert adapt(evaluation_of(metres), source={"units": "metres"})[1]["scale"] == 1.0
+    # nothing is known of a file from elsewhere: of a picture its own unit is taken
+    assert adapt(evaluation_of(pixels))[1]["units"] == "pixels for pixels"
 
 
 def test_flat_data_and_unknown_coordinates(tmp_path: Path) -> None:
