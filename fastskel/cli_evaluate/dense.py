@@ -56,11 +56,33 @@ class EncoderOptions:
         fine_tune: Train the encoder with the head, once for each fold, instead of the head alone.
         resume: Go on where a fine-tuning was stopped, bit for bit; all settings must be the same.
         adapt: Adapt an encoder of another skeleton, number of bodies, unit or upward axis.
+        trained_on: With --adapt: skeleton that a published file was trained on, such as ntu-25; runs record theirs.
+        scale: With --adapt: factor of all coordinates; by default data of another unit are scaled to a torso of 0.4 m.
     """
 
     fine_tune: bool = False
     resume: bool = False
     adapt: bool = False
+    trained_on: str | None = None
+    scale: float | None = None
+
+    def adaptation(self, run: Path) -> list[str]:
+        """Name the settings of the adaptation that are not as usual.
+
+        Raises:
+            ValueError: If they do not go together, or with what the encoder's file records.
+        """
+        given = changed({"trained_on": self.trained_on, "scale": self.scale}, {"trained_on": None, "scale": None})
+        if given and not self.adapt:
+            raise ValueError(f"evaluate: {', '.join(given)} must be left out without adapt, which they are of. Pass --adapt.")
+        if self.trained_on is not None and not run.is_file():
+            raise ValueError(f"evaluate: trained_on must be left out, {run} records its skeleton. It is for published files.")
+        if self.adapt and self.trained_on is None and run.is_file():
+            raise ValueError(
+                f"evaluate: trained_on must be given with adapt, {run} is a published file and does not record its skeleton. "
+                "Name it, such as --trained-on ntu-25."
+            )
+        return ["adapted", *given] if self.adapt else []
 
 
 DENSE, PROPOSALS, TUNING, ENCODER = DenseConfig(), ProposalConfig(), TuningOptions(), EncoderOptions()
@@ -102,9 +124,10 @@ def _prepare(
             "they are of. Pass --fine-tune."
         )
     settings += ["fine-tuned", *given] if encoder.fine_tune else []
-    settings += ["adapted"] if encoder.adapt else []
-    evaluation, folder = prepare(task, run, data, options, [*settings, *shown], parts)
-    done: dict[str, Any] = {"resume": encoder.resume, "source": source_of(run) if encoder.adapt else None}
+    settings += encoder.adaptation(run)
+    evaluation, folder = prepare(task, run, data, options, [*settings, *shown], parts, encoder.trained_on)
+    source = source_of(run) if encoder.adapt else None
+    done: dict[str, Any] = {"resume": encoder.resume, "source": source, "scale": encoder.scale}
     if encoder.fine_tune:
         shared = {name: getattr(config.head, name) for name in TRAINING_SETTINGS}
         # a head that is not told its step size leaves that of a fine-tuning as usual, too

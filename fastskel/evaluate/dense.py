@@ -177,22 +177,31 @@ def _folds(evaluation: Evaluation, config: DenseConfig, task: str) -> list[tuple
     return [(evaluation.protocol or "split", split)]
 
 
-def fitted(evaluation: Evaluation, source: Mapping[str, Any] | None) -> tuple[Evaluation, dict[str, Any]]:
+def fitted(
+    evaluation: Evaluation, source: Mapping[str, Any] | None, config: DenseConfig, scale: float | None = None
+) -> tuple[Evaluation, dict[str, Any]]:
     """Adapt encoder and recordings (T, M, V, C) to each other if asked to.
 
     Args:
         evaluation: Encoder, recordings, and the view the encoder was trained with.
         source: What is known of the data it was trained on, see `adapt`; empty where nothing is. None: they have to fit as they
             are.
+        config: Folds.
+        scale: Factor of all coordinates, see `adapt`.
     Returns:
         The evaluation to run, and what the record says of it: the original data set, and what was done.
     Raises:
-        ValueError: If they do not fit, or cannot be made to.
+        ValueError: If they do not fit, or cannot be made to, or not without a look at recordings that are tested.
     """
     if source is None:
         evaluation.check_fit("Adapt them to each other (source; --adapt on the command line)")
         return evaluation, {}
-    adapted, told = adapt(evaluation, source=source)
+    adapted, told = adapt(evaluation, source=source, scale=scale)
+    if config.leave_one_out is not None and scale is None and told["scale"] != 1:
+        raise ValueError(
+            f"evaluate: scale must be given with leave_one_out for data of another unit, got none for {told['units']}: it would "
+            "be measured on recordings that are tested. Pass --scale."
+        )
     original = {"path": str(evaluation.dataset.path), "sha256": dataset_identity(evaluation.dataset)}
     return adapted, {"dataset": original, "adaptation": told, "source": dict(source)}
 

@@ -113,6 +113,7 @@ def evaluate_detection(
     finetune_config: FinetuneConfig | None = None,
     resume: bool = False,
     source: Mapping[str, Any] | None = None,
+    scale: float | None = None,
 ) -> dict[str, Any]:
     """Find the actions of untrimmed recordings, with a head on frame features.
 
@@ -126,6 +127,7 @@ def evaluate_detection(
         resume: Go on where a fine-tuning in `out` was stopped; folds that had ended are not trained again.
         source: Adapt encoder and recordings to each other, given what is known of the data it was trained on: see `adapt`;
             empty where nothing is. None: they have to fit.
+        scale: Factor of all coordinates, see `adapt`.
     Returns:
         "map_action", "map_video", both "interpolated_", and "f1" at an IoU of 0.5; "thresholds" with all of
         `detection_metrics` at 0.1 to 0.7; for folds these are of all recordings together, and "over_folds" has mean,
@@ -137,7 +139,7 @@ def evaluate_detection(
     config, proposals = config or DenseConfig(), proposals or ProposalConfig()
     if frame_rate is not None and not frame_rate > 0:
         raise ValueError(f"{TASK}: frame_rate must be above 0, got {frame_rate}. Leave it out where it is not known.")
-    evaluation, adaptation = fitted(evaluation, source)
+    evaluation, adaptation = fitted(evaluation, source, config, scale)
     dataset, class_names = evaluation.dataset, dense_classes(evaluation.dataset, TASK)
     folds = predict_frames(evaluation, config, TASK, finetune_config=finetune_config, out=out, resume=resume)
     found = [frame_proposals(fold.probabilities, proposals) for fold in folds]

@@ -39,6 +39,7 @@ def evaluate_segmentation(
     finetune_config: FinetuneConfig | None = None,
     resume: bool = False,
     source: Mapping[str, Any] | None = None,
+    scale: float | None = None,
 ) -> dict[str, Any]:
     """Classify every frame of untrimmed recordings, with a head on frame features.
 
@@ -51,6 +52,7 @@ def evaluate_segmentation(
         resume: Go on where a fine-tuning in `out` was stopped; folds that had ended are not trained again.
         source: Adapt encoder and recordings to each other, given what is known of the data it was trained on: see `adapt`;
             empty where nothing is. None: they have to fit.
+        scale: Factor of all coordinates, see `adapt`.
     Returns:
         "accuracy", "action_accuracy", "edit", "f1@10", "f1@25" and "f1@50" of all test recordings; "majority_accuracy",
         what the most frequent class of the training frames alone reaches; with folds "over_folds", mean, deviation and
@@ -61,7 +63,7 @@ def evaluate_segmentation(
     """
     config = config or DenseConfig()
     background = None if count_background else 0
-    evaluation, adaptation = fitted(evaluation, source)
+    evaluation, adaptation = fitted(evaluation, source, config, scale)
     folds = predict_frames(evaluation, config, TASK, finetune_config=finetune_config, out=out, resume=resume)
     truths = [frame_truth(fold.truth, [len(values) for values in fold.probabilities]) for fold in folds]
     predicted = [[values.argmax(1) for values in fold.probabilities] for fold in folds]

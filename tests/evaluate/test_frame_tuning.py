@@ -433,5 +433,9 @@ def test_adapting_says_what_it_does(data, tmp_path: Path, monkeypatch, capsys) -
     assert main([*command, "--adapt"]) == 0
     said = capsys.readouterr().out
     assert "skeleton kinect-20-utd for ntu-25, bodies 1 for 1, scale 1, upwards y for y" in said
+    assert main([*command, "--trained-on", "ntu-25", "--scale", "2"]) == 2
+    assert "ntu-25, scale2 must be left out without adapt" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "--adapt", "--trained-on", "ntu-25"]) == 2
+    assert "trained_on must be left out, run records its skeleton" in " ".join(capsys.readouterr().err.split())
     stored = json.loads(Path("run/detect-leave-one-subject-out-other-linear-epochs1-adapted/results.json").read_text())
     assert stored["dataset"]["path"] == "other" and stored["num_segments"] == len(data.segments)
