@@ -21,9 +21,9 @@ class AdaptedEncoder(Encoder):
     """An encoder of M bodies in front of clips with another number of them.
 
     Clips with fewer bodies are filled up with absent ones, zeros, as data sets hold them. If there are more, an encoder of one
-    body reads each by itself, and the features are their mean and their maximum over the bodies that are present, (N, 2F): the
-    mean knows all of them, the maximum who does most, and neither the order in which a sensor numbered them. A clip of one
-    present body has the same features twice. There, features by frame or joint are not given.
+    body reads each by itself, and the features are their mean and their maximum over the bodies that are present in the clip,
+    (N, 2F): the mean knows all of them, the maximum who does most, and neither the order in which a sensor numbered them. A clip
+    of one present body has the same features twice. Features by frame and by joint are made so too, each frame by itself.
 
     Args:
         encoder: The encoder.
@@ -54,7 +54,7 @@ class AdaptedEncoder(Encoder):
         self.matrix = rows
         self.folds = num_bodies > bodies
         self.num_features = encoder.num_features * (2 if self.folds else 1)
-        self.num_token_features = encoder.num_token_features
+        self.num_token_features = encoder.num_token_features * (2 if self.folds else 1)
         self.shape = (frames, num_bodies, joints, width if rows is None else len(rows[0]))
         # of the adaptation alone: what is adapted is described by itself
         self.config = {"num_bodies": num_bodies, "matrix": rows}
@@ -88,7 +88,8 @@ class AdaptedEncoder(Encoder):
             token_mask: For the encoder; refused where bodies are read one by one.
             mode: For the encoder; refused where bodies are read one by one.
         Returns:
-            The encoder's features, `pooled` (N, F); or where bodies are read one by one `pooled` (N, 2F) alone.
+            The encoder's features, `pooled` (N, F); or where bodies are read one by one `pooled` (N, 2F), and `temporal`
+            (N, T', 2D) and `spatial` (N, S, 2D) where the encoder has them.
         Raises:
             ValueError: On clips of another number of bodies, or what the encoder refuses.
         """
@@ -109,14 +110,20 @@ class AdaptedEncoder(Encoder):
             raise ValueError(
                 f"AdaptedEncoder: token_mask and mode must be None where bodies are read one by one, got {mode!r}. Leave out."
             )
-        pooled: Tensor = self.encoder(self._folded(view)).pooled
-        rows = pooled.view(len(view.clips), self.num_bodies, -1)
+        apart: Features = self.encoder(self._folded(view))
         present = view.mask.any(1)
         # a clip without anybody counts as its first body
         present = present | (~present.any(1, keepdim=True) & (torch.arange(self.num_bodies, device=present.device) == 0))
-        there = present[..., None]
-        mean = torch.where(there, rows, 0).sum(1) / there.sum(1)
-        return Features(torch.cat([mean, torch.where(there, rows, -torch.inf).amax(1)], -1))
+        temporal, spatial = (None if rows is None else _over_bodies(rows, present) for rows in (apart.temporal, apart.spatial))
+        return Features(_over_bodies(apart.pooled, present), temporal=temporal, spatial=spatial)
+
+
+def _over_bodies(rows: Tensor, present: Tensor) -> Tensor:
+    """Mean and maximum of features (N*M, .., D) over the bodies that are present, (N, M): (N, .., 2D)."""
+    rows = rows.view(*present.shape, *rows.shape[1:])
+    there = present.view(*present.shape, *[1] * (rows.dim() - 2))
+    mean = torch.where(there, rows, 0).sum(1) / there.sum(1)
+    return torch.cat([mean, torch.where(there, rows, -torch.inf).amax(1)], -1)
 
 
 def adapted_encoder(encoder: Encoder, num_bodies: int, matrix: Sequence[Sequence[float]] | None = None) -> AdaptedEncoder:

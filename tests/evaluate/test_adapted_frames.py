@@ -14,12 +14,14 @@ from torch import nn
 from fastskel.cli import main
 from fastskel.compat.usdrl import dste
 from fastskel.data.convert import convert_dataset
+from fastskel.data.pack_clips import pack_arrays
 from fastskel.data.packed import PackedDataset
 from fastskel.data.protocols import Split
 from fastskel.data.views import eval_view
 from fastskel.evaluate import (
     DenseConfig,
     Evaluation,
+    FinetuneConfig,
     FrameHeadConfig,
     Windows,
     evaluate_detection,
@@ -65,3 +67,32 @@ def test_a_scale_is_not_measured_on_what_is_tested(evaluate, untrimmed) -> None:
     assert evaluate(given, config=folds, source={}, scale=0.3)["adaptation"]["scale"] == 0.3
     # training recordings of a split are no test
     assert evaluate(given, config=HEAD, source={})["adaptation"]["scale"] != 1
+
+
+def pack_pair(folder: Path, data: PackedDataset) -> PackedDataset:
+    """The recordings, every other one with a second body that does the same nine frames later."""
+    clips = []
+    for number in range(len(data)):
+        clip = np.repeat(data.clip(number), 2, axis=1)
+        clip[:, 1] = np.roll(clip[:, 1], 9, axis=0) * (number % 2)
+        clips.append(clip)
+    return pack_arrays(
+        clips, out=folder, topology=data.topology, class_names=data.class_names, segments=data.segments, num_frames="all"
+    )
+
+
+@BOTH
+def test_an_encoder_of_one_person_reads_the_frames_of_two(evaluate, untrimmed, tmp_path: Path) -> None:
+    pair = pack_pair(tmp_path / "pair", untrimmed)
+    found = evaluate(evaluation(pair), config=replace(HEAD, windows=Windows(spatial=True)), source={})
+    assert (found["adaptation"]["bodies"], found["num_features"]) == ("2 for 1", 32)
+
+
+def test_an_encoder_of_one_person_learns_from_two(untrimmed, tmp_path: Path) -> None:
+    pair = pack_pair(tmp_path / "pair", untrimmed)
+    config = FinetuneConfig(
+        epochs=4, batch_size=16, learning_rate=0.02, warmup_epochs=1, layer_decay=1.0, weight_decay=0.0, drop_path=0.0
+    )
+    frozen = evaluate_segmentation(evaluation(pair), config=HEAD, source={})
+    tuned = evaluate_segmentation(evaluation(pair), tmp_path / "out", config=HEAD, finetune_config=config, source={})
+    assert tuned["accuracy"] > frozen["accuracy"] and tuned["num_features"] == 16

@@ -121,7 +121,14 @@ def test_an_encoder_of_one_body_reads_two_apart() -> None:
     # who is called the first does not matter
     swapped = encoder(replace(view, clips=view.clips.flip(2), mask=mask.flip(2))).pooled
     torch.testing.assert_close(swapped[:3], pooled[:3])
-    assert encoder(view).temporal is None
+    # frames and joints by themselves, in the same way
+    features, apart = encoder(replace(view, mask=mask)), bare(replace(view, clips=view.clips[:, :, [1]], mask=mask[:, :, [1]]))
+    first = bare(replace(view, clips=view.clips[:, :, [0]], mask=mask[:, :, [0]]))
+    for name, tokens in (("temporal", FRAMES), ("spatial", 25)):
+        rows, one, other = (getattr(each, name) for each in (features, first, apart))
+        assert rows.shape == (4, tokens, encoder.num_token_features) == (4, tokens, 32)
+        torch.testing.assert_close(rows[:2], torch.cat([(one + other) / 2, torch.maximum(one, other)], -1)[:2])
+        torch.testing.assert_close(rows[2:], torch.cat([one, one], -1)[2:])
     with pytest.raises(ValueError, match="must be None where bodies are read one by one, got 'causal'"):
         encoder(view, mode="causal")
 
