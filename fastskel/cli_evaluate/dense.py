@@ -130,7 +130,7 @@ def _prepare(
     done: dict[str, Any] = {"resume": encoder.resume, "source": source, "scale": encoder.scale}
     if encoder.fine_tune:
         shared = {name: getattr(config.head, name) for name in TRAINING_SETTINGS}
-        # a head that is not told its step size leaves that of a fine-tuning as usual, too
+        # what the head is not told is as usual for a fine-tuning
         shared = {name: value for name, value in shared.items() if value is not None}
         done["finetune_config"] = FinetuneConfig(**shared, **vars(tuning))
     return evaluation, folder, done

@@ -310,7 +310,8 @@ def dense_record(
     train, test = (torch.from_numpy(np.unique(np.concatenate([getattr(f, part) for f in folds]))) for part in ("train", "test"))
     # folds test and train on all clips in turn
     whole = replace(evaluation, split=Split(clips, clips)) if config.leave_one_out is not None else evaluation
-    settings = asdict(config)
+    settings, head = asdict(config), config.head
+    settings["head"] |= {"epochs": head.passes, "learning_rate": head.rate, "weight_decay": head.decay}
     if finetune_config is not None:
         settings["head"] = {name: value for name, value in settings["head"].items() if name not in TRAINING_SETTINGS}
         settings["finetune"] = asdict(finetune_config)
@@ -323,7 +324,7 @@ def dense_record(
         # of a frame, not of a clip
         "num_features": folds[0].num_features,
         "num_test_frames": int(evaluation.dataset.num_frames[test.numpy()].sum()),
-        "config": {**settings, "receptive_field": config.head.receptive_field},
+        "config": {**settings, "receptive_field": head.receptive_field},
         "folds": [
             {
                 "name": fold.name, "num_train": len(fold.train), "num_test": len(fold.test), "loss": fold.losses[-1],

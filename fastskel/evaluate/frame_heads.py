@@ -23,20 +23,23 @@ __all__ = [
 # of log probabilities, as in MS-TCN: larger steps are true changes of the action and cost no more
 SMOOTHING_LIMIT = 4.0
 RATES = {"linear": 1e-2, "tcn": 1e-3}
+EPOCHS = 50
 
 
 @dataclass(frozen=True)
 class FrameHeadConfig:
     """A head and how it is trained: Adam, a recording a step, the cross-entropy of its frames.
 
+    Where the encoder is trained with it, epochs, step size and decay that are None are those of the fine-tuning.
+
     Attributes:
         head: linear, each frame for itself, or tcn, dilated convolutions over the frames of the whole recording.
         hidden: Channels of the tcn.
         layers: Dilated layers of the tcn, of dilations 1, 2, 4, ..; it sees 2^(layers + 1) - 1 frames.
-        epochs: Passes over the training recordings.
+        epochs: Passes over the training recordings. None is 50, or as many as a fine-tuning usually has.
         learning_rate: Step size; features are standardised first, so one suits most encoders. None is 0.01 for linear and 0.001
-            for the tcn, best of 0.001 to 0.03 on training subjects of UTKinect held out.
-        weight_decay: Of Adam.
+            for the tcn, best of 0.001 to 0.03 on training subjects of UTKinect held out, or that of a fine-tuning.
+        weight_decay: Of the optimiser. None is 0, or that of a fine-tuning.
         class_weights: Weigh frames by the inverse frequency of their class among the training frames.
         smoothing: Weight of the truncated squared step of log probabilities between frames; MS-TCN has 0.15.
         seed: Of the initial weights and the order of recordings.
@@ -45,9 +48,9 @@ class FrameHeadConfig:
     head: Literal["linear", "tcn"] = "linear"
     hidden: int = 64
     layers: int = 8
-    epochs: int = 50
+    epochs: int | None = None
     learning_rate: float | None = None
-    weight_decay: float = 0.0
+    weight_decay: float | None = None
     class_weights: bool = False
     smoothing: float = 0.0
     seed: int = 0
@@ -56,20 +59,32 @@ class FrameHeadConfig:
         if self.head not in ("linear", "tcn"):
             raise ValueError(f"FrameHeadConfig: head must be linear or tcn, got {self.head!r}. Choose one.")
         for name in ("hidden", "layers", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"FrameHeadConfig: {name} must be at least 1, got {getattr(self, name)}. Raise it.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"FrameHeadConfig: {name} must be at least 1, got {value}. Raise it.")
         if not (self.rate > 0 and math.isfinite(self.rate)):
             raise ValueError(f"FrameHeadConfig: learning_rate must be positive, got {self.learning_rate}. Pass 0.001.")
         for name in ("weight_decay", "smoothing"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"FrameHeadConfig: {name} must be at least 0, got {getattr(self, name)}. Pass 0.")
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"FrameHeadConfig: {name} must be at least 0, got {value}. Pass 0.")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"FrameHeadConfig: seed must lie in [0, 2^64), got {self.seed}. Pass 0.")
 
     @property
     def rate(self) -> float:
-        """Step size that is taken."""
+        """Step size of a head on frozen features."""
         return RATES[self.head] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def passes(self) -> int:
+        """Epochs of a head on frozen features."""
+        return EPOCHS if self.epochs is None else self.epochs
+
+    @property
+    def decay(self) -> float:
+        """Weight decay of a head on frozen features."""
+        return 0.0 if self.weight_decay is None else self.weight_decay
 
     @property
     def receptive_field(self) -> int:
@@ -220,9 +235,9 @@ def train_frame_head(
     head.standardise(features)
     head.to(device).train()
     weights = class_weights(labels, num_classes).to(device) if config.class_weights else None
-    optimizer = torch.optim.Adam(head.parameters(), lr=config.rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.Adam(head.parameters(), lr=config.rate, weight_decay=config.decay)
     losses = []
-    for epoch in range(config.epochs):
+    for epoch in range(config.passes):
         total = torch.zeros((), device=device)
         for number in philox.permutation(config.seed, epoch, len(features)).tolist():
             scores = head(features[number].to(device))

@@ -28,6 +28,8 @@ def problem(lengths: tuple[int, ...] = (40, 1, 63), seed: int = 0) -> tuple[list
 
 def test_each_head_has_a_step_size_of_its_own() -> None:
     assert (FrameHeadConfig().rate, FrameHeadConfig("tcn").rate, FrameHeadConfig(learning_rate=0.3).rate) == (0.01, 0.001, 0.3)
+    usual, told = FrameHeadConfig(), FrameHeadConfig(epochs=3, weight_decay=0.1)
+    assert (usual.passes, usual.decay) == (50, 0.0) and (told.passes, told.decay) == (3, 0.1)
 
 
 @pytest.mark.parametrize("config", [FrameHeadConfig(learning_rate=0.05), FrameHeadConfig("tcn", 16, 3)], ids=["linear", "tcn"])
@@ -36,7 +38,7 @@ def test_learns(config: FrameHeadConfig) -> None:
     state = torch.get_rng_state()
     trained = train_frame_head(features, labels, CLASSES, config)
     assert torch.equal(torch.get_rng_state(), state)
-    assert len(trained.losses) == config.epochs and trained.losses[-1] < 0.3 * trained.losses[0]
+    assert len(trained.losses) == config.passes and trained.losses[-1] < 0.3 * trained.losses[0]
     test_features, test_labels = problem((90, 17), seed=1)
     for rows, classes in zip(test_features, test_labels, strict=True):
         probabilities = frame_probabilities(trained.head, rows)

@@ -380,25 +380,43 @@ def checkpoint(folder: Path, **options) -> None:
     save_checkpoint(folder / "checkpoints", 1, weights({"encoder": encoder}), state)
 
 
-def test_the_published_settings_can_be_asked_for(data, tmp_path: Path, monkeypatch) -> None:
+@pytest.fixture
+def asked(data, tmp_path: Path, monkeypatch):
+    """Ask for a fine-tuning for detection with options, and return its settings and folder."""
     monkeypatch.chdir(tmp_path)
     checkpoint(tmp_path / "run")
-    asked = []
+    found = []
 
     def evaluate(evaluation, out, **options):
-        asked.append((options["finetune_config"], out))
+        found.append((options["finetune_config"], out.name))
         raise ValueError("enough")
 
+    def ask(*options: str) -> tuple[FinetuneConfig, str]:
+        command = ["evaluate", "detect", "run", str(data.path), "--leave-one-out", "subject", "--fine-tune", "--quiet"]
+        assert main([*command, *options]) == 2
+        return found.pop()
+
     monkeypatch.setattr("fastskel.evaluate.evaluate_detection", evaluate)
-    command = ["evaluate", "detect", "run", str(data.path), "--leave-one-out", "subject", "--fine-tune", "--quiet"]
-    assert main([*command, *PUBLISHED.split()]) == 2
+    return ask
+
+
+def test_what_is_not_said_is_as_usual_for_a_fine_tuning(asked) -> None:
+    usual, name = asked()
+    assert usual == FinetuneConfig() and name.endswith("-linear-fine-tuned")
+    for option, field, value in (("--weight-decay", "weight_decay", 0.0), ("--epochs", "epochs", 50)):
+        tuning, name = asked(option, f"{value:g}")
+        assert tuning == replace(FinetuneConfig(), **{field: value}) and name.endswith(f"-linear-{field}{value:g}-fine-tuned")
+
+
+def test_the_published_settings_can_be_asked_for(asked) -> None:
+    tuning, name = asked(*PUBLISHED.split())
     # as the documentation of FinetuneConfig has it
     published = FinetuneConfig(
         epochs=150, batch_size=512, optimizer="sgd", learning_rate=0.005, layer_decay=1.0, weight_decay=0.0, warmup_epochs=0,
         schedule="step", milestones=(), label_smoothing=0.0, drop_path=0.0, start="random",
     )  # fmt: skip
-    assert asked[0][0] == published and {published.rate(step, 7) for step in range(150 * 7)} == {0.005}
-    assert asked[0][1].name.startswith("detect-leave-one-subject-out-packed-linear-epochs150-lr0.005-fine-tuned-")
+    assert tuning == published and {published.rate(step, 7) for step in range(150 * 7)} == {0.005}
+    assert name.startswith("detect-leave-one-subject-out-packed-linear-epochs150-lr0.005-weight_decay0-fine-tuned-")
 
 
 def test_commands(data, tmp_path: Path, monkeypatch, capsys) -> None:
