@@ -19,7 +19,7 @@ from fastskel.nn.drop_path import NO_DROPS, LayerDrops
 from fastskel.nn.dst_function import LayerSpec, Weights
 from fastskel.nn.dst_operator import dst_layer
 from fastskel.nn.kernel_choice import KernelChoice, choose_kernels
-from fastskel.nn.memory import MemoryMode, check_memory, keeps_converted
+from fastskel.nn.memory import MemoryMode, check_memory, keeps_converted, memory_in_use
 from fastskel.nn.mlp import MLP
 from fastskel.nn.plain import check_plain
 from fastskel.nn.precision import Precision, computing, precision_of, without_autocast
@@ -117,7 +117,8 @@ class DSTLayer(MergingLayer):
         Args:
             x: Tokens, (N, S, D).
             drops: What DropPath drops, None outside of training.
-            memory: How much is kept for the backward pass: `"saved"` most, `"layer"` the input only.
+            memory: How much is kept for the backward pass: `"saved"` most, `"layer"` the input only. Nothing where gradients are
+                off.
             backend: Who computes attention.
             kernels: Who computes what lies between the matrix products.
         Returns:
@@ -135,7 +136,7 @@ class DSTLayer(MergingLayer):
             backend, attn.embed_dim, attn.num_heads, x.device, precision.compute, self.repays(x), chosen
         )
         weights = self._weights(self.merged.get(attn, attention, precision.compute))
-        spec = LayerSpec(attention, precision, self.alpha, self.gap, self.CA.norm1.eps, memory, chosen)
+        spec = LayerSpec(attention, precision, self.alpha, self.gap, self.CA.norm1.eps, memory_in_use(memory), chosen)
         drops = NO_DROPS if drops is None else drops
         if torch.compiler.is_compiling() and chosen == "triton":
             # borrowed cores are differentiated by autograd, which is off inside an operator

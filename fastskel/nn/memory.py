@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-__all__ = ["MEMORY_MODES", "MemoryMode", "check_memory", "keeps_converted"]
+__all__ = ["MEMORY_MODES", "MemoryMode", "check_memory", "keeps_converted", "memory_in_use"]
 
 MemoryMode = Literal["saved", "lean", "layer"]
 MEMORY_MODES: tuple[MemoryMode, ...] = ("saved", "lean", "layer")
@@ -21,6 +22,11 @@ def check_memory(memory: str) -> None:
     """
     if memory not in MEMORY_MODES:
         raise ValueError(f"memory: must be one of {MEMORY_MODES}, got {memory!r}. Choose one.")
+
+
+def memory_in_use(memory: MemoryMode) -> MemoryMode:
+    """Say what is kept of tensors (N, S, D): where there will be no backward pass, as little as there is a way for."""
+    return memory if torch.is_grad_enabled() else "layer"
 
 
 def keeps_converted(memory: MemoryMode, prepared: Iterable[Tensor], kept: Iterable[Tensor | None]) -> bool:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from fastskel.nn.attention import AttentionBackend, attend, attend_backward, choose_backend, merges
 from fastskel.nn.gemm import linear, linear_grads, matmul, relu_grad
 from fastskel.nn.kernel_choice import KernelChoice, choose_kernels
-from fastskel.nn.memory import MemoryMode, check_memory, keeps_converted
+from fastskel.nn.memory import MemoryMode, check_memory, keeps_converted, memory_in_use
 from fastskel.nn.norm import fold, normalise, normalise_grad, unfold
 from fastskel.nn.plain import check_plain
 from fastskel.nn.precision import Precision, computing, precision_of, without_autocast
@@ -102,7 +102,8 @@ class PostNormLayer(MergingLayer):
 
         Args:
             x: Tokens, (N, S, D).
-            memory: How much is kept for the backward pass: `"saved"` most, `"layer"` the input only.
+            memory: How much is kept for the backward pass: `"saved"` most, `"layer"` the input only. Nothing where gradients are
+                off.
             backend: Who computes attention.
             kernels: Who computes what lies between the matrix products: here attention's core only.
         Returns:
@@ -123,7 +124,7 @@ class PostNormLayer(MergingLayer):
             backend, attn.embed_dim, attn.num_heads, x.device, precision.compute, self.repays(x), chosen
         )
         weights = self._weights(self.merged.get(attn, attention, precision.compute))
-        spec = _Spec(attention, precision, self.norm1.eps, memory)
+        spec = _Spec(attention, precision, self.norm1.eps, memory_in_use(memory))
         out: Tensor = _Layer.apply(x, spec, *weights)  # type: ignore[no-untyped-call]
         return out
 

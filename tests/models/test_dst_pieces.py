@@ -113,6 +113,27 @@ def test_pieces_give_what_the_whole_gives(dtype, mode, memory, heads, monkeypatc
         assert distance <= limit * torch.linalg.vector_norm(grad.double()) + 1e-30, name
 
 
+@pytest.mark.parametrize("memory", MEMORY_MODES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.usefixtures("in_pieces")
+def test_without_gradients_nothing_is_kept(dtype, mode, memory, monkeypatch):
+    layer, forward, kept = layer_of(dtype), dst_pieces.forward, []
+
+    def watched(*arguments: Any) -> Any:
+        y, saved = forward(*arguments)
+        kept.append(len(saved))
+        return y, saved
+
+    monkeypatch.setattr(dst_pieces, "forward", watched)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        x = torch.randn(ROWS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).to(layer.CA.conv1.weight.dtype)
+        y = layer(x, drops_of(mode), memory=memory)
+    assert kept == [0]
+    # the bits are those of a pass that is differentiated
+    assert torch.equal(y, run(layer, mode, memory, dtype)[0]) and (kept[1] > 0) == (memory != "layer")
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_plans_of_parts_say_what_the_plan_says(mode):
     whole, rows = drops_of(mode), torch.arange(ROWS)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastskel.models import STTR
+from fastskel.nn import post_norm
 from fastskel.nn.post_norm import PostNormLayer, PostNormStack
 
 MEMORY = ["saved", "lean", "layer"]
@@ -192,3 +193,22 @@ def test_refusals(change, message):
     layer = PostNormLayer(6, 1)
     with pytest.raises(ValueError, match=message):
         layer(**({"x": torch.zeros(2, 5, 6)} | change))
+
+
+@every_case
+@pytest.mark.parametrize("memory", MEMORY)
+def test_without_gradients_nothing_is_kept(case, memory, monkeypatch) -> None:
+    asked, attend = [], post_norm.attend
+
+    def watched(*arguments, keep):
+        asked.append(keep)
+        return attend(*arguments, keep=keep)
+
+    monkeypatch.setattr(post_norm, "attend", watched)
+    layer, x, _ = make_case(case)
+    with torch.no_grad():
+        y = layer(x, memory=memory)
+        # as it would be if it were kept
+        monkeypatch.setattr(post_norm, "memory_in_use", lambda memory: memory)
+        assert torch.equal(y, layer(x, memory=memory))
+    assert asked == [False, memory != "layer"]
