@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, changed, prepare, warn_if_seen
+from fastskel.cli_evaluate.options import (
+    Data,
+    EvaluateOptions,
+    Run,
+    changed,
+    prepare,
+    refuse_of_fine_tuning,
+    warn_if_seen,
+)
 from fastskel.cli_evaluate.trained import say_adapted, source_of
 from fastskel.evaluate.dense import DenseConfig
 from fastskel.evaluate.detection import ProposalConfig
@@ -118,11 +126,8 @@ def _prepare(
     settings = [config.head.head, *head, *changed(config.windows, DENSE.windows)]
     settings += ["drop_reversed"] if config.drop_reversed else []
     given = changed(tuning, TUNING)
-    if (given or encoder.resume) and not encoder.fine_tune:
-        raise ValueError(
-            f"evaluate: {', '.join([*given, *(['resume'] if encoder.resume else [])])} must be left out without fine_tune, which "
-            "they are of. Pass --fine-tune."
-        )
+    if not encoder.fine_tune:
+        refuse_of_fine_tuning(given, encoder.resume)
     settings += ["fine-tuned", *given] if encoder.fine_tune else []
     settings += encoder.adaptation(run)
     evaluation, folder = prepare(task, run, data, options, [*settings, *shown], parts, encoder.trained_on)

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from fastskel.models.encoder import Encoder
     from fastskel.skeleton import Topology
 
-__all__ = ["Command", "Data", "EvaluateOptions", "Run", "changed", "chosen_split", "prepare", "say", "warn_if_seen"]
+__all__ = [
+    "Command", "Data", "EvaluateOptions", "Run", "changed", "chosen_split", "prepare", "refuse_of_fine_tuning", "say",
+    "warn_if_seen",
+]  # fmt: skip
 
 Command = Callable[..., None]
 Data = Annotated[Positional[Path], arg(metavar="DATA")]
@@ -122,6 +125,21 @@ def changed(settings: Any, usual: Any) -> list[str]:
         # a choice names itself, as does what is switched on
         shown.append(short if value is True else _spelt(value) if isinstance(value, str) else f"{short}{_spelt(value)}")
     return shown
+
+
+def refuse_of_fine_tuning(given: Sequence[str], resume: bool) -> None:
+    """Refuse what only a fine-tuning reads, where none was asked for.
+
+    Args:
+        given: Its settings that are not as usual, by name.
+        resume: Whether it was to go on.
+    Raises:
+        ValueError: If there are any.
+    """
+    left = [*given, *(["resume"] if resume else [])]
+    if left:
+        names, whose = ", ".join(left), "they are" if len(left) > 1 else "it is"
+        raise ValueError(f"evaluate: {names} must be left out without fine_tune, which {whose} of. Pass --fine-tune.")
 
 
 def _encoder(run: Path, topology: Topology, options: EvaluateOptions) -> tuple[Encoder, ViewSpec, Mapping[str, Any]]:

@@ -9,7 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fastskel.cli_evaluate.options import Data, EvaluateOptions, Run, changed, prepare, say, warn_if_seen
+from fastskel.cli_evaluate.options import (
+    Data,
+    EvaluateOptions,
+    Run,
+    changed,
+    prepare,
+    refuse_of_fine_tuning,
+    say,
+    warn_if_seen,
+)
 from fastskel.evaluate.finetune import FinetuneConfig
 from fastskel.evaluate.linear import LinearConfig
 
@@ -18,11 +27,16 @@ __all__ = ["early", "finetune", "say_adapted", "source_of", "transfer"]
 FINETUNE = FinetuneConfig()
 
 
-def _shown(settings: FinetuneConfig, fine_tune: bool = True) -> list[str]:
-    """Name the settings of a fine-tuning that are not as usual; without one, of the seed of what is trained instead."""
+def _shown(settings: FinetuneConfig, fine_tune: bool = True, resume: bool = False) -> list[str]:
+    """Name the settings of a fine-tuning that are not as usual; without one the seed alone may be, of what is trained instead.
+
+    Raises:
+        ValueError: If others are given without a fine-tuning, or it is to be resumed.
+    """
+    if not fine_tune:
+        refuse_of_fine_tuning(changed(replace(settings, seed=FINETUNE.seed), FINETUNE), resume)
     # how often it is saved changes nothing
-    given = replace(settings, save_every=FINETUNE.save_every) if fine_tune else replace(FINETUNE, seed=settings.seed)
-    return changed(given, FINETUNE)
+    return changed(replace(settings, save_every=FINETUNE.save_every), FINETUNE)
 
 
 def _probe(seed: int) -> LinearConfig:
@@ -111,7 +125,7 @@ def transfer(
         k: Neighbours that vote.
         fine_tune: Fine-tune too, beside neighbours and linear probe.
         resume: Go on where a fine-tuning was stopped.
-        settings: Of the fine-tuning.
+        settings: Of the fine-tuning; of the linear probe the seed.
         common: What every evaluation takes.
     """
     from fastskel.evaluate import evaluate_transfer
@@ -119,7 +133,7 @@ def transfer(
     if trained_on is not None and not run.is_file():
         raise ValueError(f"evaluate: trained_on must be left out, {run} records its skeleton. It is for published files.")
     given = {"trained_on": trained_on, "plane": plane, "scale": scale, "k": k, "fine_tune": fine_tune}
-    shown = [*changed(given, transfer), *_shown(settings, fine_tune)]
+    shown = [*changed(given, transfer), *_shown(settings, fine_tune, resume)]
     evaluation, folder = prepare("transfer", run, data, common, shown, skeleton=trained_on)
     result = evaluate_transfer(
         evaluation, folder, source=source_of(run), plane=plane, scale=scale, config=_probe(settings.seed),
@@ -162,7 +176,8 @@ def early(
     from fastskel.evaluate import evaluate_early
 
     given = {"causal": causal, "train_full": train_full, "fine_tune": fine_tune, "ratios": ratios}
-    evaluation, folder = prepare("early", run, data, common, [*changed(given, early), *_shown(settings, fine_tune)])
+    shown = [*changed(given, early), *_shown(settings, fine_tune, resume)]
+    evaluation, folder = prepare("early", run, data, common, shown)
     result = evaluate_early(
         evaluation, folder, ratios=ratios, config=_probe(settings.seed), finetune_config=settings if fine_tune else None,
         train_full=train_full, causal=causal, resume=resume,

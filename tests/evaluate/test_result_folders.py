@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from fastskel.cli_evaluate import evaluate_commands
-from fastskel.cli_evaluate.dense import EncoderOptions
+from fastskel.cli_evaluate.dense import EncoderOptions, TuningOptions
 from fastskel.cli_evaluate.options import LONGEST_NAME, EvaluateOptions, _folder_name, changed
+from fastskel.data import make_synthetic
 from fastskel.evaluate import DenseConfig, FinetuneConfig, FrameHeadConfig, ProposalConfig, Windows
 
 COMMANDS = evaluate_commands()
@@ -91,9 +92,8 @@ def test_every_setting_of_a_fine_tuning_shows(shown, task: str) -> None:
     assert len(names | {usual}) == 1 + len(TUNED)
     assert shown(task, settings=FinetuneConfig(save_every=1), **tune) == usual
     assert shown(task, resume=True, **tune) == usual
-    # without a fine-tuning they have no effect, but for the seed
+    # what is trained without a fine-tuning has a seed
     if tune:
-        assert shown(task, settings=FinetuneConfig(**{**TUNED, "seed": 0})) == shown(task)
         assert shown(task, settings=FinetuneConfig(seed=1)) != shown(task)
 
 
@@ -120,6 +120,24 @@ def test_every_setting_of_recordings_shows(shown, task: str, settings: dict[str,
     assert len({usual, *names}) == 1 + len(given), names
     # that many recordings are drawn, and no number changes
     assert shown(task, common=common, config=DenseConfig(num_timelines=9)) == usual
+
+
+@pytest.mark.parametrize("task", ["transfer", "early", "detect", "segment"])
+def test_what_is_of_a_fine_tuning_is_refused_without_one(task: str, tmp_path: Path) -> None:
+    where = {"run": tmp_path, "data": tmp_path}
+    if task in ("transfer", "early"):
+        settings = {"settings": FinetuneConfig(epochs=60, label_smoothing=0.0, save_every=1, seed=1), "resume": True}
+        names, one = "epochs60, label_smoothing0, save_every1, resume", {"resume": True}
+    else:
+        settings = {"tuning": TuningOptions(label_smoothing=0.0), "encoder": EncoderOptions(resume=True)}
+        settings["config"], names = DenseConfig(leave_one_out="subject"), "label_smoothing0, resume"
+        one = {**settings, "tuning": TuningOptions()}
+        make_synthetic(tmp_path / "data", num_clips=4, num_classes=2, num_subjects=2)
+        where["data"] = tmp_path / "data"
+    with pytest.raises(ValueError, match=f"evaluate: {names} must be left out without fine_tune, which they are of. Pass"):
+        COMMANDS[task](**where, **settings)
+    with pytest.raises(ValueError, match="evaluate: resume must be left out without fine_tune, which it is of. Pass"):
+        COMMANDS[task](**where, **one)
 
 
 def test_what_every_evaluation_is_asked_for_shows() -> None:
