@@ -35,6 +35,7 @@ from fastskel.bench.harness import append_rows, origin
 
 from fastskel import philox
 from fastskel.data import pack_arrays
+from fastskel.data.identity import dataset_identity
 from fastskel.data.packed import PackedDataset, open_dataset
 from fastskel.data.protocols import protocols, split
 from fastskel.evaluate import (
@@ -200,10 +201,29 @@ TRIALS: Mapping[str, Trial] = {
 }
 
 
+def _is_flat(made: PackedDataset, dataset: PackedDataset) -> bool:
+    """Whether one data set holds the first two coordinates of another's clips (T, M, V, 3), and its names and labels."""
+    return (
+        np.array_equal(made.names, dataset.names)
+        and np.array_equal(made.labels, dataset.labels)
+        and all(np.array_equal(made.clip(number), dataset.clip(number)[..., :2]) for number in range(len(dataset)))
+    )
+
+
 def flat(dataset: PackedDataset, folder: Path) -> PackedDataset:
-    """The first two coordinates of a data set's clips (T, M, V, 3), packed into a folder if they are not there yet."""
+    """The first two coordinates of a data set's clips (T, M, V, 3), packed into a folder if they are not there yet.
+
+    Raises:
+        ValueError: If the folder holds something else.
+    """
     if folder.exists():
-        return open_dataset(folder)
+        made = open_dataset(folder)
+        if not _is_flat(made, dataset):
+            raise ValueError(
+                f"downstream: {folder} must hold the first two coordinates of {dataset.path}, got those of other clips. "
+                "Name another folder."
+            )
+        return made
     meta, clips = dataset.meta, range(len(dataset))
     # protocols go by the name of the source, which is another one now
     parts = {name: vars(split(dataset, name)) for name in protocols(dataset)}
@@ -222,7 +242,7 @@ def _evaluation(
     """One contender on a part of a data set, adapted if its encoder was made for other clips."""
     _, encoder, view = contender
     parts = leave_one_out(dataset, protocol, np.arange(len(dataset)))[0][1] if untrimmed else split(dataset, protocol)
-    other = dataset.path != source.path
+    other = dataset_identity(dataset) != dataset_identity(source)
     view = replace(view, topology=None) if encoder is None and other else view
     evaluation = Evaluation(
         encoder, dataset, parts, view, protocol=protocol, run=str(run), cache=run / "features", progress=False
@@ -424,8 +444,9 @@ def main() -> None:
     targets = [_target(text) for text in arguments.on]
     if arguments.flat is not None:
         # the training data's own: what else is tested on has as many coordinates already
-        targets = [(flat(d, arguments.flat) if d.path == source.path else d, p) for d, p in targets]
-        source = flat(source, arguments.flat)
+        own, plane = dataset_identity(source), flat(source, arguments.flat)
+        targets = [(plane if dataset_identity(data) == own else data, tests) for data, tests in targets]
+        source = plane
     rows: list[dict[str, Any]] = []
     for seed in arguments.seeds:
         if arguments.streams:

@@ -67,6 +67,21 @@ def test_other_data_are_adapted(source: PackedDataset, tmp_path: Path) -> None:
     assert [(row["data"], row["features"]) for row in rows] == [("other", who) for who in WHO]
 
 
+def test_data_are_the_same_by_whatever_path(source: PackedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    again = open_dataset(Path("data"))
+    assert again.path != source.path
+    monkeypatch.setattr(downstream, "adapt", lambda *given, **more: pytest.fail("adapted"))
+    assert [row["features"] for row in tried(source, again, "xsub", ["knn"], tmp_path)] == WHO
+    asked = []
+    monkeypatch.setattr(downstream, "measure", lambda *given, **more: asked.append((given[2], given[4])) or [])
+    words = ["downstream", "usdrl-small", "data", "--train", "xsub", "--on", f"{tmp_path}/data:xsub", "--flat", "plane"]
+    monkeypatch.setattr("sys.argv", [*words, "--seeds", "0"])
+    downstream.main()
+    ((trained, ((tested, _),)),) = asked
+    assert trained.meta["channels"] == tested.meta["channels"] == ["x", "y"]
+
+
 def test_untrimmed_recordings_leave_each_value_of_a_column_out(
     source: PackedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +176,9 @@ def test_flat_data_have_the_first_two_coordinates_and_everything_else(source: Pa
     assert np.array_equal(made.column("subject"), source.column("subject"))
     assert np.array_equal(split(made, "xsub").test, split(source, "xsub").test)
     assert downstream.flat(source, tmp_path / "flat").path == made.path
+    make_synthetic(tmp_path / "others", num_clips=24, num_classes=3, num_subjects=4, seed=1)
+    with pytest.raises(ValueError, match="flat must hold the first two coordinates of .*others, got those of other clips"):
+        downstream.flat(open_dataset(tmp_path / "others"), tmp_path / "flat")
     rows = downstream.measure(
         "usdrl-small", 0, made, "xsub", [(made, ["xsub"])], ["knn"], tmp_path / "runs", settings=TINY, tag="tiny"
     )
