@@ -28,6 +28,9 @@ __all__ = ["evaluate_semi", "labelled_subset"]
 # where too few clips can be held out to choose one. A strong penalty shrinks weights but not the bias: where some classes have
 # a clip more than others everything is then taken for these
 UNCHOSEN_PENALTY = 1e-3
+# of SGD on standardised features: on training subjects held out, by one or two clips of each class, 0.006 to 0.2 differ by less
+# than a percent, and larger steps, or features as they are, classify fewer right
+UNCHOSEN_RATE = 0.06
 
 
 def labelled_subset(
@@ -83,15 +86,23 @@ def _can_choose(train: FeatureSet, seed: int, groups: Tensor | None) -> bool:
     return int(known.sum()) >= len(torch.unique(train.labels))
 
 
+def _unchosen(config: LinearConfig | LogisticConfig) -> LinearConfig | LogisticConfig:
+    """Set what a config leaves open, without a look at features (N, F)."""
+    if isinstance(config, LogisticConfig):
+        penalty = UNCHOSEN_PENALTY if config.penalty is None else config.penalty
+        return replace(config, penalty=penalty, standardise=bool(config.standardise))
+    rate = UNCHOSEN_RATE if config.learning_rate is None else config.learning_rate
+    return replace(config, learning_rate=rate, standardise=True if config.standardise is None else config.standardise)
+
+
 def _probe(
     train: FeatureSet, test: FeatureSet, num_classes: int, config: LinearConfig | LogisticConfig, groups: Tensor | None,
     device: torch.device | str,
 ) -> LinearResult | LogisticResult:  # fmt: skip
+    if not _can_choose(train, config.seed, groups):
+        config = _unchosen(config)
     if isinstance(config, LinearConfig):
         return linear_probe(train, test, num_classes, config, groups=groups, device=device)
-    if not _can_choose(train, config.seed, groups):
-        penalty = UNCHOSEN_PENALTY if config.penalty is None else config.penalty
-        config = replace(config, penalty=penalty, standardise=bool(config.standardise))
     return logistic_probe(train, test, num_classes, config, groups=groups, device=device)
 
 
@@ -119,7 +130,8 @@ def evaluate_semi(
     Returns:
         "fractions": for each the number of labels, "top1", "top5" and "mean_class" with mean, deviation and values over
         the seeds, digests of the parts and what the probes ran with; and the record. Where fewer clips can be held out than
-        there are classes, of classes that other clips show, an open penalty is 0.001 and open standardisation is off.
+        there are classes, of classes that other clips show, an open penalty is 0.001 and open standardisation is off; with SGD
+        an open step size is 0.06 and open standardisation is on.
     Raises:
         ValueError: If a fraction is out of range, if it leaves nothing, or if seeds is below 1.
     """

@@ -12,7 +12,15 @@ import pytest
 
 from fastskel.data.protocols import semi
 from fastskel.data.views import eval_view
-from fastskel.evaluate import Evaluation, LinearConfig, LogisticConfig, evaluate_semi, labelled_subset, logistic_probe
+from fastskel.evaluate import (
+    Evaluation,
+    LinearConfig,
+    LogisticConfig,
+    evaluate_semi,
+    labelled_subset,
+    linear_probe,
+    logistic_probe,
+)
 
 VIEW = eval_view(frames=6, normalise="none")
 LABELS = np.array([-1, *([0] * 50), *([1] * 9), *([2] * 40), 3])
@@ -120,6 +128,26 @@ def test_a_penalty_is_chosen_where_clips_can_be_held_out(evaluation) -> None:
     chosen = logistic_probe(*more.features(), 3, LogisticConfig()).config
     assert row["num_labels"] == 15 and row["configs"][0] == asdict(chosen)
     assert chosen.penalty != 0.001
+
+
+@pytest.mark.parametrize("subjects", [None, range(17), np.arange(17) // 3 % 2], ids=["none", "one each", "two"])
+def test_a_step_size_is_chosen_where_clips_can_be_held_out(evaluation, subjects) -> None:
+    columns = {} if subjects is None else {"subject": np.array(subjects)}
+    meta = {**evaluation.dataset.meta, "columns": dict.fromkeys(columns, "clip")}
+    evaluation = replace(evaluation, dataset=replace(evaluation.dataset, columns=columns, meta=meta))
+    open_config = LinearConfig(epochs=20, learning_rate=None, standardise=None, milestones=(15,))
+
+    def used(config: LinearConfig, fraction: float = 0.1) -> list[tuple]:
+        row = evaluate_semi(evaluation, fractions=(fraction,), sampling="balanced", seeds=2, config=config)["fractions"][0]
+        return [(own["learning_rate"], own["standardise"]) for own in row["configs"]]
+
+    # a clip of each class: what is held out is of classes that nothing else shows
+    assert used(open_config) == [(0.06, True)] * 2
+    assert used(replace(open_config, learning_rate=0.5)) == [(0.5, True)] * 2
+    assert used(replace(open_config, standardise=False)) == [(0.06, False)] * 2
+    train, test = evaluation.features()
+    chosen = linear_probe(train, test, 3, open_config, groups=evaluation.groups(train.index)).config
+    assert used(open_config, 1.0)[0] == (chosen.learning_rate, chosen.standardise) != (0.06, True)
 
 
 def test_errors(evaluation) -> None:
