@@ -165,13 +165,15 @@ def zeroshot(
         seed: Key of the classes kept back.
         common: What every evaluation takes.
     """
+    from fastskel.data.packed import checksum
     from fastskel.evaluate import evaluate_zeroshot
 
     hidden = _listed("unseen", unseen, unseen_file)
     if hidden is None:
         raise ValueError("evaluate: unseen or unseen_file must be given, got neither. Name the classes that are not shown.")
     shown = [embeddings.stem, *changed({"unseen": hidden, "penalty": penalty, "seed": seed}, zeroshot)]
-    evaluation, folder = prepare("zeroshot", run, data, common, shown)
+    reads = {"embeddings_sha256": checksum(embeddings)} if embeddings.is_file() else {}
+    evaluation, folder = prepare("zeroshot", run, data, common, shown, reads=reads)
     result = evaluate_zeroshot(evaluation, folder, embeddings=embeddings, unseen=hidden, penalty=penalty, seed=seed)
     say(result, folder, ("top1", "mean_class"))
     print(f"among the {len(result['unseen'])} unseen classes; by chance {100 / len(result['unseen']):.1f} %")

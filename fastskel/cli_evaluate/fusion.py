@@ -45,11 +45,11 @@ def fusion(
     # the first run's modality is in its own options
     shown = ["with", *(run.resolve().name for run in runs[1:]), *modalities[1:]]
     shown += changed({"weights": weights, "k": k, "epochs": epochs, "seed": seed}, fusion)
-    prepared = [prepare("fusion", run, data, each, shown) for run, each in zip(runs, options, strict=True)]
-    # in the first run's
-    folder = prepared[0][1]
+    first, folder = prepare("fusion", runs[0], data, options[0], shown, reads={"run": [str(run) for run in runs]})
+    # results are in the first run's folder alone
+    others = [prepare("fusion", run, data, replace(each, out=folder))[0] for run, each in zip(runs[1:], options[1:], strict=True)]
     config = LinearConfig(learning_rate=None, standardise=None, epochs=epochs, seed=seed)
-    result = evaluate_fusion([each for each, _ in prepared], folder, weights=weights or None, k=k, config=config)
+    result = evaluate_fusion([first, *others], folder, weights=weights or None, k=k, config=config)
     warn_if_seen(result)
     rows = [*result["alone"], {**result, "run": "fused", "stream": " ".join(f"{share:.2f}" for share in result["weights"])}]
     names = ("top1", "top5", "mean_class", "knn_top1")

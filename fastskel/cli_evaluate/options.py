@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -170,6 +171,33 @@ def _folder_name(parts: Sequence[str], options: EvaluateOptions) -> str:
     return name if len(whole) <= LONGEST_NAME else f"{whole[:LONGEST_NAME].decode(errors='ignore')}-{_digest(name)}"
 
 
+def _places(value: Any) -> Any:
+    """Where paths lead, if it is a list of them."""
+    return [Path(part).resolve() for part in value] if isinstance(value, list) else value
+
+
+def _refuse_others(folder: Path, reads: Mapping[str, Any]) -> None:
+    """Refuse a folder with results of something else that goes by the same name.
+
+    Args:
+        folder: Where results are to be written.
+        reads: What they are of, by the keys under which results record it; what these do not record is not compared.
+    Raises:
+        ValueError: Naming what differs.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        return
+    found = json.loads(path.read_text())
+    found["data"] = found.get("dataset", {}).get("sha256")
+    for key, value in reads.items():
+        if found.get(key) is not None and _places(found[key]) != _places(value):
+            raise ValueError(
+                f"evaluate: {path} must be of the same {key.removesuffix('_sha256')}, got results of another one of that name. "
+                "Rename yours, or choose a folder (--out)."
+            )
+
+
 def prepare(
     task: str,
     run: Path,
@@ -178,6 +206,7 @@ def prepare(
     shown: Sequence[str] = (),
     parts: tuple[str, Split] | None = None,
     skeleton: str | None = None,
+    reads: Mapping[str, Any] | None = None,
 ) -> tuple[Evaluation, Path]:
     """Open data and encoder, and choose the folder of the results.
 
@@ -189,11 +218,14 @@ def prepare(
         shown: Settings of the task that tell its folder from those of others.
         parts: Name and clips (N,) of a split that the task makes itself; None: that of the options.
         skeleton: That of a published file, which does not record it; None is the data set's.
+        reads: What else the results are of, by the keys under which they record it: files and runs go by their last name only.
     Returns:
         The evaluation of clips (N, T, M, V, C), and the folder.
     Raises:
-        ValueError: On options that do not go together, or without a split.
+        ValueError: On options that do not go together, without a split, or if results of another split, data set or file of
+            the same name are where these would go.
     """
+    from fastskel.data.identity import dataset_identity, split_identity
     from fastskel.data.packed import open_dataset
     from fastskel.data.protocols import protocols
     from fastskel.evaluate import Evaluation
@@ -219,6 +251,10 @@ def prepare(
         base_run = run.resolve().parents[1]
         base = base_run / f"{run.resolve().name}-results"
     folder = options.out or base / _folder_name([task, parts[0], data.resolve().name, *shown], options)
+    if options.out is None:
+        own = {"data": dataset_identity(dataset), **(reads or {})}
+        # a protocol is named by what it is
+        _refuse_others(folder, own | ({} if options.split_file is None else {"split_sha256": split_identity(parts[1])}))
     seen = seen_by(base_run, told, dataset)
     evaluation = Evaluation(
         encoder, dataset, parts[1], view, protocol=parts[0], run=str(run), cache=base / "features",

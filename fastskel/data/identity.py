@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from fastskel.data.packed import PackedDataset
+from fastskel.data.protocols import Split
 
-__all__ = ["dataset_identity", "described_data", "original_identity"]
+__all__ = ["dataset_identity", "described_data", "original_identity", "split_identity"]
 
 
 def dataset_identity(dataset: PackedDataset) -> str:
@@ -45,3 +46,9 @@ def described_data(dataset: PackedDataset) -> dict[str, Any]:
     """Say in plain values where clips (T, M, V, C) are from and what their numbers mean."""
     told = {key: dataset.meta.get(key) for key in ("source", "topology", "units", "up_axis", "channels")}
     return {"path": str(dataset.path), "sha256": dataset_identity(dataset), "original": original_identity(dataset), **told}
+
+
+def split_identity(split: Split) -> str:
+    """Digest the clips of both parts of a split, (N,) and (N',), in their order."""
+    parts = [np.asarray(part, "<i8") for part in (split.train, split.test)]
+    return hashlib.sha256(b"".join([len(parts[0]).to_bytes(8, "little"), *(part.tobytes() for part in parts)])).hexdigest()

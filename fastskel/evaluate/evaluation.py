@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastskel.data.identity import dataset_identity
+from fastskel.data.identity import dataset_identity, split_identity
 from fastskel.data.packed import PackedDataset
 from fastskel.data.protocols import Split
 from fastskel.data.views import ViewSpec
@@ -178,6 +178,7 @@ class Evaluation:
         return {
             "task": task,
             "protocol": self.protocol,
+            "split_sha256": split_identity(self.split),
             "run": self.run,
             "encoder": self.encoder_name,
             "num_features": raw if self.encoder is None else self.encoder.num_features,

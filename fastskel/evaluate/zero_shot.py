@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastskel import philox
+from fastskel.data.packed import checksum
 from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
 from fastskel.evaluate.few_shot import class_numbers
 from fastskel.evaluate.metrics import accuracy, confusion_matrix, mean_class_accuracy
@@ -240,6 +241,7 @@ def evaluate_zeroshot(
         "num_test_seen": int(told.sum()),
         "penalty": chosen,
         "embeddings": str(embeddings),
+        "embeddings_sha256": checksum(Path(embeddings)),
         "embedding_width": vectors.shape[1],
         **evaluation.record("zeroshot", train.index[shown], test.index[novel]),
         # clips of the other classes are not dropped

@@ -21,7 +21,7 @@ def out(encoder, dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     split = SimpleNamespace(train=np.arange(9), test=np.arange(9, 17))
     evaluation = Evaluation(encoder, dataset, split, eval_view(frames=6, normalise="none"), progress=False)
 
-    def prepare(task, run, data, options, shown=()):
+    def prepare(task, run, data, options, shown=(), reads=None):
         return evaluation, tmp_path / "-".join([task, *shown])
 
     for module in (few_labels, frozen):

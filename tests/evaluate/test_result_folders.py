@@ -55,7 +55,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Call a command up to the choice of its folder, and return what it shows."""
     (tmp_path / "names").write_text("kick\n")
 
-    def prepare(task, run, data, options, shown=(), parts=None, skeleton=None):
+    def prepare(task, run, data, options, shown=(), parts=None, skeleton=None, reads=None):
         raise Asked([*shown, options.modality])
 
     def call(task: str, **settings: Any) -> str:
