@@ -19,7 +19,7 @@ from fastskel.data.identity import dataset_identity
 from fastskel.data.loader import Loader
 from fastskel.data.packed import PackedDataset
 from fastskel.data.views import ViewSpec
-from fastskel.evaluate.feature_cache import read_features, write_features
+from fastskel.evaluate.feature_cache import FeaturePieces, read_features
 from fastskel.models.encoder import Encoder
 
 __all__ = ["FeatureSet", "dataset_features", "feature_key", "raw_features"]
@@ -184,7 +184,8 @@ def dataset_features(
     """Encode clips once, in evaluation mode and without gradients, and keep the features.
 
     A cached file serves only if the digest of weights, settings, view, data, clips and precision that it records is the
-    present one and its content matches its checksum; otherwise a warning says why the features are computed again.
+    present one and its content matches its checksum; otherwise a warning says why the features are computed again. Every 20
+    seconds what is new is kept in a piece of its own: an interrupted call, made again, encodes the clips that are missing.
 
     Args:
         encoder: Encoder; every module's training mode is restored afterwards.
@@ -217,22 +218,23 @@ def dataset_features(
         features = read_features("dataset_features", path, key)
         if features is not None:
             return FeatureSet(features, labels_of(dataset, chosen), torch.from_numpy(chosen))
-    parts: list[Tensor] = []
-    order: list[Tensor] = []
+    pieces = FeaturePieces("dataset_features", path, key)
+    order = [torch.from_numpy(chosen[: len(pieces)])]
+    # whole batches are kept: what is encoded now has the bits it would have had
+    missing = chosen[len(pieces) :]
     mixed = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
     with frozen(encoder, device), mixed:
-        for batch in batches(dataset, view_spec, chosen, batch_size, num_threads, progress, "features"):
+        for batch in batches(dataset, view_spec, missing, batch_size, num_threads, progress, "features") if len(missing) else ():
             pooled = encoder(batch.views[0].to(device)).pooled
             if pooled.dim() != 2 or pooled.shape[0] != len(batch):
                 raise ValueError(
                     f"dataset_features: pooled features must be ({len(batch)}, F), got {tuple(pooled.shape)} from "
                     f"{type(encoder).__name__}. Pool over frames, bodies and joints in the encoder."
                 )
-            parts.append(pooled.float().cpu())
+            pieces.add(pooled.float().cpu())
             order.append(batch.index)
-    result = _gather("dataset_features", dataset, chosen, parts, order)
-    if path is not None:
-        write_features(path, key, result.features)
+    result = _gather("dataset_features", dataset, chosen, pieces.rows, order)
+    pieces.finish(result.features)
     return result
 
 

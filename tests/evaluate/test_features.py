@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from fastskel.data.views import eval_view
-from fastskel.evaluate import dataset_features, raw_features
+from fastskel.evaluate import dataset_features, feature_cache, features, raw_features
 
 VIEW = eval_view(frames=6, normalise="none")
 INDICES = np.array([3, 0, 16, 7, 9])
@@ -143,6 +144,64 @@ def test_frames_are_the_identity_without_checksums(encoder, dataset, tmp_path: P
     plain.frames[0, 0, 0, 0] += 1
     _extract(encoder, plain, cache=tmp_path)
     assert encoder.calls[0] == 2
+
+
+@pytest.fixture
+def interrupted(encoder, dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Encode two clips at a time into a cache up to a batch, and return how many batches the next call encodes."""
+    monkeypatch.setattr(feature_cache, "SECONDS", 0.0)
+
+    def stop_after(count: int) -> int:
+        whole = features.batches
+
+        def part(*given):
+            yield from itertools.islice(whole(*given), count)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(features, "batches", part)
+        with pytest.raises(KeyboardInterrupt):
+            _extract(encoder, dataset, cache=tmp_path, batch_size=2)
+        monkeypatch.setattr(features, "batches", whole)
+        before = encoder.calls[0]
+        again = _extract(encoder, dataset, cache=tmp_path, batch_size=2)
+        made = encoder.calls[0] - before
+        assert torch.equal(again.features, _extract(encoder, dataset, batch_size=2).features)
+        assert again.index.tolist() == INDICES.tolist()
+        # the pieces have gone
+        assert _only(tmp_path).stem.startswith("features-") and "from" not in _only(tmp_path).stem
+        return made
+
+    return stop_after
+
+
+@pytest.mark.parametrize("count, left", [(0, 3), (1, 2), (2, 1), (3, 0)], ids=str)
+def test_an_interrupted_encoding_goes_on(interrupted, count: int, left: int) -> None:
+    assert interrupted(count) == left
+
+
+def test_a_damaged_piece_is_encoded_again(interrupted, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = feature_cache.write_features
+
+    def damaged(path: Path, key: str, values: torch.Tensor) -> None:
+        write(path, key, values)
+        if path.stem.endswith(".from-2"):
+            path.write_bytes(_flip(path.read_bytes()))
+
+    monkeypatch.setattr(feature_cache, "write_features", damaged)
+    with pytest.warns(UserWarning, match="from-2.safetensors are computed again: its content does not match"):
+        assert interrupted(3) == 2
+
+
+def test_an_encoding_of_other_weights_is_not_gone_on_with(encoder, dataset, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(feature_cache, "SECONDS", 0.0)
+    monkeypatch.setattr(feature_cache.FeaturePieces, "finish", lambda self, features: None)
+    _extract(encoder, dataset, cache=tmp_path, cache_key="train")
+    assert _only(tmp_path).name == "train.from-0.safetensors"
+    with torch.no_grad():
+        encoder.linear.bias[0] += 1e-3
+    with pytest.warns(UserWarning, match="train.from-0.safetensors are computed again: it was made with other weights"):
+        found = _extract(encoder, dataset, cache=tmp_path, cache_key="train")
+    assert torch.equal(found.features, _extract(encoder, dataset).features)
 
 
 def _truncate(content: bytes) -> bytes:
