@@ -1,8 +1,9 @@
 """Fine-tuning for frames: encoder and head trained on the windows of untrimmed recordings, resumable bit for bit.
 
-Training windows are cut as those of the test are, alike in every epoch: with half overlap a frame is seen in two places, an
-epoch has the same number of steps, and the published training cuts so. Their order is drawn at (seed, epoch), DropPath at (seed,
-step), the head's first weights at seed. The loss is the cross-entropy of all frames of a batch of windows.
+Training windows are cut as those of the test are, alike in every epoch: with half overlap a frame is seen in two places, and an
+epoch has the same number of steps. The published detection tests on windows that do not overlap. The order of windows is drawn
+at (seed, epoch), DropPath at (seed, step), the head's first weights at seed. The loss is the cross-entropy of all frames of a
+batch of windows.
 
 At test time the class scores of overlapping windows are averaged, before the softmax. For the linear head this is the mean of
 the features, as heads on frozen features have it: what differs is the training alone.

@@ -359,9 +359,10 @@ def test_an_encoder_of_another_skeleton(data, tmp_path: Path) -> None:
     assert left["accuracy"] == evaluate_segmentation(plain, config=head)["accuracy"]
 
 
+TASKS_PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
 PUBLISHED = (
     "--epochs 150 --batch-size 512 --optimizer sgd --learning-rate 0.005 --layer-decay 1 --weight-decay 0 --warmup-epochs 0 "
-    "--schedule step --label-smoothing 0 --drop-path 0 --start random"
+    "--schedule step --label-smoothing 0 --drop-path 0 --start random --overlap 0"
 )
 
 
@@ -382,16 +383,16 @@ def checkpoint(folder: Path, **options) -> None:
 
 @pytest.fixture
 def asked(data, tmp_path: Path, monkeypatch):
-    """Ask for a fine-tuning for detection with options, and return its settings and folder."""
+    """Ask for a fine-tuning for detection with options, and return its settings, windows and folder."""
     monkeypatch.chdir(tmp_path)
     checkpoint(tmp_path / "run")
     found = []
 
     def evaluate(evaluation, out, **options):
-        found.append((options["finetune_config"], out.name))
+        found.append((options["finetune_config"], options["config"].windows, out.name))
         raise ValueError("enough")
 
-    def ask(*options: str) -> tuple[FinetuneConfig, str]:
+    def ask(*options: str) -> tuple[FinetuneConfig, Windows, str]:
         command = ["evaluate", "detect", "run", str(data.path), "--leave-one-out", "subject", "--fine-tune", "--quiet"]
         assert main([*command, *options]) == 2
         return found.pop()
@@ -401,22 +402,25 @@ def asked(data, tmp_path: Path, monkeypatch):
 
 
 def test_what_is_not_said_is_as_usual_for_a_fine_tuning(asked) -> None:
-    usual, name = asked()
+    usual, _, name = asked()
     assert usual == FinetuneConfig() and name.endswith("-linear-fine-tuned")
     for option, field, value in (("--weight-decay", "weight_decay", 0.0), ("--epochs", "epochs", 50)):
-        tuning, name = asked(option, f"{value:g}")
+        tuning, _, name = asked(option, f"{value:g}")
         assert tuning == replace(FinetuneConfig(), **{field: value}) and name.endswith(f"-linear-{field}{value:g}-fine-tuned")
 
 
 def test_the_published_settings_can_be_asked_for(asked) -> None:
-    tuning, name = asked(*PUBLISHED.split())
+    tuning, windows, name = asked(*PUBLISHED.split())
     # as the documentation of FinetuneConfig has it
     published = FinetuneConfig(
         epochs=150, batch_size=512, optimizer="sgd", learning_rate=0.005, layer_decay=1.0, weight_decay=0.0, warmup_epochs=0,
         schedule="step", milestones=(), label_smoothing=0.0, drop_path=0.0, start="random",
     )  # fmt: skip
     assert tuning == published and {published.rate(step, 7) for step in range(150 * 7)} == {0.005}
-    assert name.startswith("detect-leave-one-subject-out-packed-linear-epochs150-lr0.005-weight_decay0-fine-tuned-")
+    # of 64 frames, as many as a view has there, one behind the other
+    assert windows == Windows(overlap=0.0)
+    assert PUBLISHED in " ".join(TASKS_PAGE.read_text().split())
+    assert name.startswith("detect-leave-one-subject-out-packed-linear-epochs150-lr0.005-weight_decay0-overlap0-fine-tuned-")
 
 
 def test_commands(data, tmp_path: Path, monkeypatch, capsys) -> None:
