@@ -132,7 +132,7 @@ def _prepare(
     settings += encoder.adaptation(run)
     evaluation, folder = prepare(task, run, data, options, [*settings, *shown], parts, encoder.trained_on)
     source = source_of(run) if encoder.adapt else None
-    done: dict[str, Any] = {"resume": encoder.resume, "source": source, "scale": encoder.scale}
+    done: dict[str, Any] = {"resume": encoder.resume, "source": source, "scale": encoder.scale, "on_adapted": say_adapted}
     if encoder.fine_tune:
         shared = {name: getattr(config.head, name) for name in TRAINING_SETTINGS}
         # what the head is not told is as usual for a fine-tuning
@@ -143,9 +143,6 @@ def _prepare(
 
 def _say(result: Mapping[str, Any], folder: Path, names: Sequence[str]) -> None:
     """Print results of all test recordings, () each, in percent, and over folds where there are any."""
-    if "adaptation" in result:
-        say_adapted(result["adaptation"])
-    warn_if_seen(result)
     print("  ".join(f"{name} {100 * result[name]:.1f} %" for name in names))
     if "over_folds" in result:
         spreads = {name: result["over_folds"][name] for name in names if name in result["over_folds"]}
@@ -185,6 +182,7 @@ def detect(
     shown += changed({"frame_rate": frame_rate}, detect)
     evaluation, folder, done = _prepare("detect", run, data, config, encoder, tuning, common, shown)
     result = evaluate_detection(evaluation, folder, config=config, proposals=proposals, frame_rate=frame_rate, **done)
+    warn_if_seen(result)
     print("IoU   " + "  ".join(f"{threshold:>5}" for threshold in result["thresholds"]))
     for title, name in (("action", "map_action"), ("video", "map_video")):
         print(f"{title:<6}" + "  ".join(f"{100 * row[name]:5.1f}" for row in result["thresholds"].values()) + "  mAP, %")
@@ -217,4 +215,5 @@ def segment(
     shown = ["background"] if count_background else []
     evaluation, folder, done = _prepare("segment", run, data, config, encoder, tuning, common, shown)
     result = evaluate_segmentation(evaluation, folder, config=config, count_background=count_background, **done)
+    warn_if_seen(result)
     _say(result, folder, ("accuracy", "majority_accuracy", "edit", "f1@10", "f1@25", "f1@50"))

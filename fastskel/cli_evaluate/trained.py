@@ -96,10 +96,11 @@ def source_of(run: Path) -> dict[str, Any]:
 
 
 def say_adapted(done: Mapping[str, Any]) -> None:
-    """Print what was done to make an encoder and clips (T, M, V, C) fit."""
-    print(f"skeleton {done['skeleton']}, bodies {done['bodies']}, scale {done['scale']:.3g}, upwards {done['up_axis']}")
+    """Print at once what was done to make an encoder and clips (T, M, V, C) fit."""
+    row = f"skeleton {done['skeleton']}, bodies {done['bodies']}, scale {done['scale']:.3g}, upwards {done['up_axis']}"
+    print(row, flush=True)
     if done.get("joints_absent"):
-        print(f"joints that the data do not have: {', '.join(done['joints_absent'])}")
+        print(f"joints that the data do not have: {', '.join(done['joints_absent'])}", flush=True)
 
 
 def transfer(
@@ -137,9 +138,8 @@ def transfer(
     evaluation, folder = prepare("transfer", run, data, common, shown, skeleton=trained_on)
     result = evaluate_transfer(
         evaluation, folder, source=source_of(run), plane=plane, scale=scale, config=_probe(settings.seed),
-        k=k, finetune_config=settings if fine_tune else None, resume=resume,
+        k=k, finetune_config=settings if fine_tune else None, resume=resume, on_adapted=say_adapted,
     )  # fmt: skip
-    say_adapted(result["adaptation"])
     warn_if_seen(result)
     for name in ("knn", "linear", "finetune"):
         if name in result:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,11 @@ def _folds(evaluation: Evaluation, config: DenseConfig, task: str) -> list[tuple
 
 
 def fitted(
-    evaluation: Evaluation, source: Mapping[str, Any] | None, config: DenseConfig, scale: float | None = None
+    evaluation: Evaluation,
+    source: Mapping[str, Any] | None,
+    config: DenseConfig,
+    scale: float | None = None,
+    on_adapted: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Adapt encoder and recordings (T, M, V, C) to each other if asked to.
 
@@ -188,6 +192,7 @@ def fitted(
             are.
         config: Folds.
         scale: Factor of all coordinates, see `adapt`.
+        on_adapted: Called with what was done, if anything was to be.
     Returns:
         The evaluation to run, and what the record says of it: the original data set, and what was done.
     Raises:
@@ -202,6 +207,8 @@ def fitted(
             f"evaluate: scale must be given with leave_one_out for data of another unit, got none for {told['units']}: it would "
             "be measured on recordings that are tested. Pass --scale."
         )
+    if on_adapted is not None:
+        on_adapted(told)
     original = {"path": str(evaluation.dataset.path), "sha256": dataset_identity(evaluation.dataset)}
     return adapted, {"dataset": original, "adaptation": told, "source": dict(source)}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,7 @@ def evaluate_detection(
     resume: bool = False,
     source: Mapping[str, Any] | None = None,
     scale: float | None = None,
+    on_adapted: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Find the actions of untrimmed recordings, with a head on frame features.
 
@@ -128,6 +129,7 @@ def evaluate_detection(
         source: Adapt encoder and recordings to each other, given what is known of the data it was trained on: see `adapt`;
             empty where nothing is. None: they have to fit.
         scale: Factor of all coordinates, see `adapt`.
+        on_adapted: Called with what was done to adapt them, before anything is computed.
     Returns:
         "map_action", "map_video", both "interpolated_", and "f1" at an IoU of 0.5; "thresholds" with all of
         `detection_metrics` at 0.1 to 0.7; for folds these are of all recordings together, and "over_folds" has mean,
@@ -139,7 +141,7 @@ def evaluate_detection(
     config, proposals = config or DenseConfig(), proposals or ProposalConfig()
     if frame_rate is not None and not frame_rate > 0:
         raise ValueError(f"{TASK}: frame_rate must be above 0, got {frame_rate}. Leave it out where it is not known.")
-    evaluation, adaptation = fitted(evaluation, source, config, scale)
+    evaluation, adaptation = fitted(evaluation, source, config, scale, on_adapted)
     dataset, class_names = evaluation.dataset, dense_classes(evaluation.dataset, TASK)
     folds = predict_frames(evaluation, config, TASK, finetune_config=finetune_config, out=out, resume=resume)
     found = [frame_proposals(fold.probabilities, proposals) for fold in folds]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ def evaluate_segmentation(
     resume: bool = False,
     source: Mapping[str, Any] | None = None,
     scale: float | None = None,
+    on_adapted: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Classify every frame of untrimmed recordings, with a head on frame features.
 
@@ -53,6 +54,7 @@ def evaluate_segmentation(
         source: Adapt encoder and recordings to each other, given what is known of the data it was trained on: see `adapt`;
             empty where nothing is. None: they have to fit.
         scale: Factor of all coordinates, see `adapt`.
+        on_adapted: Called with what was done to adapt them, before anything is computed.
     Returns:
         "accuracy", "action_accuracy", "edit", "f1@10", "f1@25" and "f1@50" of all test recordings; "majority_accuracy",
         what the most frequent class of the training frames alone reaches; with folds "over_folds", mean, deviation and
@@ -63,7 +65,7 @@ def evaluate_segmentation(
     """
     config = config or DenseConfig()
     background = None if count_background else 0
-    evaluation, adaptation = fitted(evaluation, source, config, scale)
+    evaluation, adaptation = fitted(evaluation, source, config, scale, on_adapted)
     folds = predict_frames(evaluation, config, TASK, finetune_config=finetune_config, out=out, resume=resume)
     truths = [frame_truth(fold.truth, [len(values) for values in fold.probabilities]) for fold in folds]
     predicted = [[values.argmax(1) for values in fold.probabilities] for fold in folds]

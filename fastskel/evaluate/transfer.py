@@ -9,7 +9,7 @@ three engines. Bodies and coordinates are adapted in front of the encoder: `Adap
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,6 +211,7 @@ def evaluate_transfer(
     finetune_config: FinetuneConfig | None = None,
     resume: bool = False,
     group_column: str = "subject",
+    on_adapted: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Adapt an encoder to a data set, then classify by neighbours and a linear probe, and if asked by fine-tuning.
 
@@ -225,6 +226,7 @@ def evaluate_transfer(
         finetune_config: Fine-tune too, with these settings.
         resume: Go on where a fine-tuning in `out` was stopped.
         group_column: Column whose values are held out whole to choose what `config` leaves open, where it exists.
+        on_adapted: Called with what was done to adapt the encoder, before anything is computed.
     Returns:
         "top1", "top5" and "mean_class" of the linear probe, as fractions of one; "knn", "linear" and "finetune" with those of
         each; "adaptation"; "source"; and the record.
@@ -234,6 +236,8 @@ def evaluate_transfer(
     # before a copy is made
     evaluation.check_unseen(evaluation.split.test)
     adapted, told = adapt(evaluation, source=source, plane=plane, scale=scale)
+    if on_adapted is not None:
+        on_adapted(told)
     folder = None if out is None else Path(out)
 
     def place(name: str) -> Path | None:
