@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
+import select
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
@@ -277,6 +278,17 @@ def _run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _is_unread(stream: TextIO) -> bool:
+    """Whether the other end of a stream has been closed."""
+    try:
+        ends = select.poll()
+        ends.register(stream.fileno(), 0)
+    except OSError:
+        # it has no file, as in tests
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in ends.poll(0))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -293,12 +305,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(arguments)
         # here, where a closed pipe can be told from a failure, and not when Python ends
         print(end="", flush=True)
-    except BrokenPipeError:
-        # what is still buffered goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        # 128 + SIGPIPE, as of a program that the signal ends
-        return 141
     except (ValueError, OSError) as error:
+        # another pipe, such as that of a child, may have broken too
+        unread = [stream for stream in (sys.stdout, sys.stderr) if isinstance(error, BrokenPipeError) and _is_unread(stream)]
+        if unread:
+            with open(os.devnull, "w") as nothing:
+                for stream in unread:
+                    # where what is still buffered goes
+                    os.dup2(nothing.fileno(), stream.fileno())
+            # 128 + SIGPIPE, as of a program that the signal ends
+            return 141
         # one line, whatever a library's message holds
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2

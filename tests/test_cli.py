@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastskel import cli
 from fastskel.cli import main
 from fastskel.data import make_synthetic, open_dataset, pack_arrays
 from fastskel.data.formats import FORMATS, PREPARED
@@ -345,6 +346,20 @@ def test_a_reader_that_stops_reading_is_no_error(tmp_path, command) -> None:
             [sys.executable, *command.split()], cwd=tmp_path, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120
         )
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch, capfd) -> None:
+    def info() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "wb", buffering=0) as child:
+            child.write(b"to a child that has gone")
+
+    monkeypatch.setitem(cli.COMMANDS, "info", info)
+    assert main(["info"]) == 2
+    assert capfd.readouterr().err == "error: [Errno 32] Broken pipe\n"
+    print("and nothing is lost afterwards")
+    assert capfd.readouterr().out == "and nothing is lost afterwards\n"
 
 
 def test_what_a_published_file_does_not_record_can_be_given(here, capsys) -> None:
