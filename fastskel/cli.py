@@ -6,10 +6,14 @@ import difflib
 import os
 import select
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
+from functools import partial, wraps
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
 
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
@@ -268,14 +272,49 @@ def _run(arguments: Sequence[str]) -> int:
             return 0
         command = _choose(prog, kind, choices, rest[0] if rest else None)
         prog, rest = f"{prog} {rest[0]}", rest[1:]
-    # flags without a --no- twin, options without a spelt None
-    config = (OmitArgPrefixes, FlagCreatePairsOff, DisallowNone)
     try:
-        tyro.cli(command, prog=prog, args=rest, config=config)
+        _parsed(command, prog, rest)()
     except SystemExit as asked:
         # tyro has printed its help, or what is wrong with the options; or a check has found something
         return int(asked.code or 0)
     return 0
+
+
+def _parsed(command: Command, prog: str, words: Sequence[str]) -> Callable[[], None]:
+    """Bind the options of a command.
+
+    Raises:
+        SystemExit: After its help, or what is wrong with an option.
+        ValueError: On settings that refuse their values.
+    """
+
+    @wraps(command)
+    def bound(*given: Any, **options: Any) -> Callable[[], None]:
+        return partial(command, *given, **options)
+
+    # flags without a --no- twin, options without a spelt None
+    parse = partial(tyro.cli, bound, prog=prog, args=words, config=(OmitArgPrefixes, FlagCreatePairsOff, DisallowNone))
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            return cast("Callable[[], None]", parse())
+    except SystemExit as asked:
+        refused = _refused(asked)
+        if refused is not None:
+            # in one line, as every command says it, not in tyro's box
+            raise refused from None
+    # once more, aloud
+    return cast("Callable[[], None]", parse())
+
+
+def _refused(asked: BaseException) -> ValueError | None:
+    """Find what a dataclass of settings raised, from which an exit came."""
+    error: BaseException | None = asked
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, ValueError) and frames and frames[-1].name == "__post_init__":
+            return error
+        error = error.__context__
+    return None
 
 
 def _is_unread(stream: TextIO) -> bool:

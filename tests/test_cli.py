@@ -348,6 +348,27 @@ def test_a_reader_that_stops_reading_is_no_error(tmp_path, command) -> None:
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.parametrize(
+    "task, words, message",
+    [
+        ("finetune", "--label-smoothing 2", "FinetuneConfig: label_smoothing must be in 0 .. 1, got 2.0. Choose another."),
+        ("segment", "--overlap 2", "Windows: overlap must lie in [0, 1), got 2.0. Pass 0.5."),
+        ("detect", "--nms 2", "ProposalConfig: nms must lie in [0, 1), got 2.0. Pass 0.5."),
+    ],
+)
+def test_settings_that_refuse_their_values_are_errors_of_one_line(task, words, message, capsys) -> None:
+    assert main(["evaluate", task, "run", "data", *words.split()]) == 2
+    assert capsys.readouterr() == ("", f"error: {message}\n")
+
+
+def test_what_is_wrong_with_an_option_names_it(capsys) -> None:
+    assert main(["evaluate", "finetune", "run", "data", "--epochs", "x"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("Error parsing --epochs: invalid literal") == 1
+    assert main(["evaluate", "finetune", "--help"]) == 0
+    assert capsys.readouterr().out.count("Train the encoder further") == 1
+
+
 def test_another_pipe_that_breaks_is_an_error(monkeypatch, capfd) -> None:
     def info() -> None:
         reader, writer = os.pipe()
