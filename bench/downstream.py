@@ -318,10 +318,10 @@ def measure(
     if wordless:
         raise ValueError(f"downstream: embeddings must be given for {wordless[0]}, got none. Pass a file of them.")
     recipe, run, facts = _begin(name, seed, settings, tag, source, train, runs)
-    done, rows = _done(out), []
+    done, rows, offered = _done(out), [], contenders(recipe.stages(source)[0], run)
     for dataset, tests in targets:
         for protocol in tests:
-            for contender in contenders(recipe.stages(source)[0], run):
+            for contender in offered:
                 for task in trials:
                     trial = TRIALS[task]
                     if trial.trains and contender[1] is None:

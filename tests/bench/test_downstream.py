@@ -67,6 +67,18 @@ def test_other_data_are_adapted(source: PackedDataset, tmp_path: Path) -> None:
     assert [(row["data"], row["features"]) for row in rows] == [("other", who) for who in WHO]
 
 
+def test_contenders_are_made_once_for_all_test_parts(
+    source: PackedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, contenders = [], downstream.contenders
+    monkeypatch.setattr(downstream, "contenders", lambda *given: made.append(given) or contenders(*given))
+    rows = downstream.measure(
+        "usdrl-small", 0, source, "xsub", [(source, ["xsub"])] * 2, ["knn"], tmp_path / "runs", settings=TINY, tag="tiny"
+    )
+    assert [row["features"] for row in rows] == WHO * 2 and len(made) == 1
+    assert [row["metrics"] for row in rows[:4]] == [row["metrics"] for row in rows[4:]]
+
+
 def test_data_are_the_same_by_whatever_path(source: PackedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     again = open_dataset(Path("data"))
