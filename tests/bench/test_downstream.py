@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fastskel.bench import downstream
+from fastskel.bench import downstream, trials
 
 from fastskel.data import make_synthetic, open_dataset, pack_arrays
 from fastskel.data.packed import PackedDataset
@@ -48,7 +48,7 @@ def test_raw_coordinates_are_not_fine_tuned(
     source: PackedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    trial = downstream.Trial(lambda evaluation, seed: asked.append(evaluation.encoder) or {"top1": 1.0}, trains=True)
+    trial = trials.Trial(lambda evaluation, seed: asked.append(evaluation.encoder) or {"top1": 1.0}, trains=True)
     monkeypatch.setattr(downstream, "TRIALS", {"finetune": trial})
     rows = tried(source, source, "xsub", ["finetune"], tmp_path)
     assert [row["features"] for row in rows] == WHO[2:]
@@ -113,7 +113,7 @@ def test_untrimmed_recordings_leave_each_value_of_a_column_out(
 
     monkeypatch.setattr(frame_tuning, "train_epoch", counted)
     short = {"epochs": 2, "warmup_epochs": 0}
-    monkeypatch.setattr(downstream, "FinetuneConfig", lambda **given: FinetuneConfig(**{**given, **short}))
+    monkeypatch.setattr(trials, "FinetuneConfig", lambda **given: FinetuneConfig(**{**given, **short}))
     rows = tried(source, recordings, "subject", ["detect", "segment", "frames-tuned"], tmp_path)
     assert {row["protocol"] for row in rows} == {"subject"}
     assert [row["task"] for row in rows] == ["detect", "segment"] * 2 + ["detect", "segment", "frames-tuned"] * 2
@@ -130,13 +130,13 @@ def test_unseen_classes_are_told_by_words_each_once(
     words = np.random.default_rng(0).normal(size=(10, 6))
     np.save(tmp_path / "words.npy", words)
     asked = []
-    real = downstream.TASKS["zeroshot"].run
+    real = trials.TASKS["zeroshot"].run
 
     def run(evaluation: Evaluation, **settings: object) -> dict:
         asked.append(settings["unseen"])
         return real(evaluation, **settings)
 
-    monkeypatch.setattr(downstream, "TASKS", {"zeroshot": Task(run)})
+    monkeypatch.setattr(trials, "TASKS", {"zeroshot": Task(run)})
     rows = downstream.measure(
         "usdrl-small", 0, source, "xsub", [(source, ["xsub"])], ["zeroshot"], tmp_path / "runs", settings=TINY, tag="tiny",
         words=tmp_path / "words.npy",
