@@ -133,13 +133,18 @@ def evaluate_semi(
         there are classes, of classes that other clips show, an open penalty is 0.001 and open standardisation is off; with SGD
         an open step size is 0.06 and open standardisation is on.
     Raises:
-        ValueError: If a fraction is out of range, if it leaves nothing, or if seeds is below 1.
+        ValueError: If a fraction is out of range, if it leaves nothing, if seeds is below 1, or if the encoder saw labels of
+            the training part.
     """
     if seeds < 1:
         raise ValueError(f"evaluate_semi: seeds must be at least 1, got {seeds}. Pass 5.")
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         raise ValueError(f"evaluate_semi: fractions must lie in (0, 1], got {list(fractions)}. Pass 0.01 for 1 %.")
     config = config or LogisticConfig()
+    # an encoder that saw all labels says nothing of few
+    evaluation.check_unseen(
+        evaluation.known("train"), "the part that few labels are drawn from", "Take an encoder that was pretrained without labels"
+    )
     train, test = evaluation.features()
     labels = np.asarray(evaluation.dataset.labels)
     rows = []

@@ -176,9 +176,11 @@ def details(result: Result, datasets: Mapping[str, PackedDataset], motions: Moti
     rest = json.dumps(_brief({key: value for key, value in values.items() if key not in drawn}), indent=1, ensure_ascii=False)
     origin = element("details", element("summary", "Settings and origin"), element("pre", rest))
     seen = values.get("test_clips_trained_on")
-    warning = f"{seen} of {values.get('num_test')} test clips were trained on, without their labels." if seen else None
+    warnings = [f"{seen} of {values.get('num_test')} test clips were trained on, without their labels."] if seen else []
+    if unknown := values.get("test_labels_not_known"):
+        warnings.append(f"Whether the encoder saw labels of the test clips is not known: {unknown}.")
     return element(
         "section", element("h3", f"{result.task}: {result.encoder}, {result.data}"),
-        element("p", str(result.path), class_="path"), element("p", element("strong", warning)) if warning else None, *content,
+        element("p", str(result.path), class_="path"), *(element("p", element("strong", text)) for text in warnings), *content,
         origin, id=anchor,
     )  # fmt: skip

@@ -140,6 +140,8 @@ def test_every_clip_that_is_judged_counts(here, tuned, capsys) -> None:
     words = ["--embeddings", "words.npy", "--penalty", "1"]
     error = refused(capsys, "zeroshot", tuned, *settings, *words, "--unseen", "wave", "kick")
     assert "labels of the unseen classes, got 4 of 8 clips" in error
+    error = refused(capsys, "semi", tuned, *settings, "--fractions", "0.5")
+    assert "labels of the part that few labels are drawn from, got 8 of 8 clips" in error
     evaluate("cluster", tuned, *settings)
     # an encoder without labels may be judged by all
     evaluate("oneshot", "run", *settings, "--novel", "wave", "kick")

@@ -91,6 +91,18 @@ def test_a_result_says_what_it_is_of(run: Path, read, write_result) -> None:
     assert "DSTE + STTR" in [cell.text for cell in root.by_id("results").all("td")]
 
 
+def test_what_is_not_known_is_said(run: Path, read, write_result) -> None:
+    said = "Whether the encoder saw labels of the test clips is not known"
+
+    def sentences() -> list[str]:
+        root, _, _ = make(run, read)
+        return [strong.text for strong in root.all("strong") if strong.text.startswith(said)]
+
+    assert sentences() == []
+    write_result("fusion", top1=0.5, test_labels_not_known="8 of 8 clips have names of others")
+    assert sentences() == [f"{said}: 8 of 8 clips have names of others."]
+
+
 def test_hostile_names_stay_text(run: Path, read, write_result) -> None:
     write_result(
         "<b>task</b>",
