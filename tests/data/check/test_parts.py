@@ -93,6 +93,13 @@ def test_classes_without_training_clips(pack):
     assert missing.detail == f"class 1 ({MOTION.class_names[1]}): {len(test)} test clips (mine)"
 
 
+def test_novel_classes_are_a_note(pack):
+    parts = {"train": np.flatnonzero(MOTION.labels > 0).tolist(), "test": np.flatnonzero(MOTION.labels == 0).tolist()}
+    report = check(pack(splits={"one-shot": parts, "mine": parts}))
+    found = {finding.detail.split("(")[-1]: finding.severity for finding in report.of("untrained-class")}
+    assert found == {"one-shot)": "note", "mine)": "warning"}
+
+
 def test_protocols_that_do_not_fit(pack, tmp_path):
     dataset = pack(source="pku-mmd", columns={"camera": ["L", "M"] * (NUM // 2)})
     report = check(dataset)
