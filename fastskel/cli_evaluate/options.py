@@ -188,7 +188,11 @@ def _refuse_others(folder: Path, reads: Mapping[str, Any]) -> None:
     path = folder / "results.json"
     if not path.is_file():
         return
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        # damaged: there is nothing to keep
+        return
     found["data"] = found.get("dataset", {}).get("sha256")
     for key, value in reads.items():
         if found.get(key) is not None and _places(found[key]) != _places(value):

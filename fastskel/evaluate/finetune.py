@@ -29,9 +29,10 @@ from fastskel.evaluate.causal import causal_features
 from fastskel.evaluate.classifier import Classifier, ClassifierStore, class_scores, described_encoder
 from fastskel.evaluate.evaluation import TASKS, Evaluation, Task
 from fastskel.evaluate.features import FeatureSet
-from fastskel.evaluate.logistic import logistic_probe
+from fastskel.evaluate.logistic import LogisticConfig
 from fastskel.evaluate.metrics import class_metrics, top_k_accuracy
 from fastskel.evaluate.seen import handed_on
+from fastskel.evaluate.semi import probe_of_few
 from fastskel.evaluate.training import set_drop_path, train_epoch, train_epochs, trainable_copy, training_identity
 from fastskel.train.stage import describe
 
@@ -40,7 +41,7 @@ __all__ = ["FinetuneConfig", "Finetuned", "evaluate_finetune", "fine_tune"]
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Optimiser and schedule of a fine-tuning. The defaults are fixed: they were chosen on training subjects held out.
+    """Optimiser and schedule of a fine-tuning. The defaults are fixed: `start` was chosen on training subjects held out.
 
     The reference publishes no settings for recognition. Those of its detection, which fine-tunes the whole network, are
     `FinetuneConfig(epochs=150, batch_size=512, optimizer="sgd", learning_rate=0.005, layer_decay=1.0, weight_decay=0.0,
@@ -162,14 +163,16 @@ def _start_from_probe(classifier: Classifier, evaluation: Evaluation, train: NDA
     """Give a classifier's layer the weights of the exact probe of its encoder's features of the clips (N,)."""
     if classifier.frames is None:
         rows = evaluation.features_of(train)
+        groups = evaluation.groups(rows.index)
     else:
         # an observation is a row: one layer reads them all
         sets = causal_features(evaluation, train, classifier.frames)
         rows = FeatureSet(*(torch.cat([getattr(each, name) for each in sets]) for name in ("features", "labels", "index")))
+        groups = evaluation.groups(rows.index)
+        # those of a clip are held out together
+        groups = rows.index if groups is None else groups
     head = classifier.head
-    probe = logistic_probe(
-        rows, rows, head.out_features, groups=evaluation.groups(rows.index), device=evaluation.device
-    )
+    probe = probe_of_few(rows, rows, head.out_features, LogisticConfig(), groups, evaluation.device)
     with torch.no_grad():
         head.weight.copy_(probe.weight)
         # classes without training clips are at -inf, which no gradient leaves

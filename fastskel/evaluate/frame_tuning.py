@@ -246,7 +246,7 @@ def fine_tune_frames(
         )  # fmt: skip
 
     def start_from_frozen() -> None:
-        own = replace(head, **{name: getattr(FrameHeadConfig, name) for name in TRAINING_SETTINGS if name != "seed"})
+        own = replace(head, epochs=None, learning_rate=None, weight_decay=None)
         features = frame_features(evaluation, recordings, windows, task=task)
         truth = [labels[clip] for clip in recordings.tolist()]
         taught = train_frame_head(features, truth, len(class_names), own, device=device)

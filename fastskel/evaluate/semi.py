@@ -23,7 +23,7 @@ from fastskel.evaluate.logistic import LogisticConfig, LogisticResult, logistic_
 from fastskel.evaluate.metrics import mean_and_deviation
 from fastskel.evaluate.report import write_results
 
-__all__ = ["evaluate_semi", "labelled_subset"]
+__all__ = ["UNCHOSEN_PENALTY", "evaluate_semi", "labelled_subset", "probe_of_few"]
 
 # where too few clips can be held out to choose one. A strong penalty shrinks weights but not the bias: where some classes have
 # a clip more than others everything is then taken for these
@@ -95,10 +95,11 @@ def _unchosen(config: LinearConfig | LogisticConfig) -> LinearConfig | LogisticC
     return replace(config, learning_rate=rate, standardise=True if config.standardise is None else config.standardise)
 
 
-def _probe(
+def probe_of_few(
     train: FeatureSet, test: FeatureSet, num_classes: int, config: LinearConfig | LogisticConfig, groups: Tensor | None,
     device: torch.device | str,
 ) -> LinearResult | LogisticResult:  # fmt: skip
+    """Train a linear probe on clips (N, F), which may be too few to choose what its config leaves open."""
     if not _can_choose(train, config.seed, groups):
         config = _unchosen(config)
     if isinstance(config, LinearConfig):
@@ -157,7 +158,7 @@ def evaluate_semi(
             part = FeatureSet(train.features[keep], train.labels[keep], train.index[keep])
             groups = evaluation.groups(part.index, group_column)
             own = replace(config, seed=seed)
-            probes.append(_probe(part, test, len(evaluation.class_names), own, groups, evaluation.device))
+            probes.append(probe_of_few(part, test, len(evaluation.class_names), own, groups, evaluation.device))
             parts.append(chosen)
         rows.append(
             {

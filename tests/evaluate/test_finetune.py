@@ -17,7 +17,8 @@ from fastskel.evaluate import Evaluation, FinetuneConfig, class_scores, evaluate
 from fastskel.evaluate import finetune as loop
 from fastskel.evaluate.causal import causal_features
 from fastskel.evaluate.features import FeatureSet
-from fastskel.evaluate.logistic import logistic_probe
+from fastskel.evaluate.logistic import LogisticConfig, logistic_probe
+from fastskel.evaluate.semi import UNCHOSEN_PENALTY, probe_of_few
 from fastskel.evaluate.training import parameter_groups
 from fastskel.models import DSTE
 from fastskel.train import load_encoder
@@ -146,11 +147,28 @@ def test_a_probe_knows_only_the_clips_that_are_trained_on(evaluation) -> None:
     assert math.isfinite(made.history[0]["loss"])
 
 
+def test_a_probe_of_one_clip_of_each_class(evaluation) -> None:
+    labels = evaluation.dataset.labels[SPLIT.train]
+    few = np.array([SPLIT.train[labels == label][0] for label in range(3)])
+    made = fine_tune(evaluation, STILL, indices=few)
+    rows = evaluation.features_of(few)
+    exact = logistic_probe(rows, rows, 3, LogisticConfig(penalty=UNCHOSEN_PENALTY, standardise=False))
+    torch.testing.assert_close(made.classifier.head.weight, exact.weight.float())
+
+
+def test_observations_of_a_clip_are_held_out_together(evaluation, monkeypatch) -> None:
+    found = []
+    monkeypatch.setattr(loop, "probe_of_few", lambda *given: found.append(given) or probe_of_few(*given))
+    fine_tune(evaluation, STILL, frames=(2, 6))
+    ((rows, _, _, _, groups, _),) = found
+    assert torch.equal(groups, rows.index) and groups.tolist() == [*SPLIT.train, *SPLIT.train]
+
+
 def test_a_probe_of_all_observations(evaluation) -> None:
     made = fine_tune(evaluation, STILL, frames=(2, 6))
     sets = causal_features(evaluation, SPLIT.train, (2, 6))
     rows = FeatureSet(*(torch.cat([getattr(each, name) for each in sets]) for name in ("features", "labels", "index")))
-    torch.testing.assert_close(made.classifier.head.weight, logistic_probe(rows, rows, 3).weight.float())
+    torch.testing.assert_close(made.classifier.head.weight, logistic_probe(rows, rows, 3, groups=rows.index).weight.float())
 
 
 def test_steps_shrink_towards_the_input(evaluation) -> None:

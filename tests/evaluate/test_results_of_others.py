@@ -41,6 +41,14 @@ def refused(capsys, what: str, file: str) -> None:
     assert f"{file} must be of the same {what}, got results of another one of that name" in capsys.readouterr().err
 
 
+def test_damaged_results_are_made_again(here: Path) -> None:
+    file = Path("run/knn-xsub-data/results.json")
+    file.parent.mkdir()
+    file.write_text('{"task": ')
+    assert ask("knn", "run", "data", "--protocol", "xsub") == 0
+    assert json.loads(file.read_text())["task"] == "knn"
+
+
 def test_a_split_file_of_the_same_name(here: Path, capsys) -> None:
     parts = {"one": (range(6), range(6, 12)), "two": (range(6, 12), range(6))}
     for folder, (train, test) in parts.items():
